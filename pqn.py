@@ -1,0 +1,644 @@
+"""PQN, the parallelised Q-network of "Simplifying Deep Temporal Difference Learning" (Gallici et al., ICLR 2025).
+
+Q-learning without replay buffer and without target network: LayerNorm keeps it stable, many environments stepped
+in parallel make its data diverse, Q(λ) returns make it fast. This file is all of it, for vector or discrete
+observations and discrete actions; equation and algorithm numbers are the paper's.
+
+    python pqn.py --env-id CartPole-v1
+    python pqn.py --env-id my_module:MyEnv-v0 --total-timesteps 200000 --seed 3
+    python pqn.py --resume runs/CartPole-v1__pqn__1__1700000000 --total-timesteps 1000000
+    python play.py runs/CartPole-v1__pqn__1__1700000000 --video cartpole.mp4
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    """an EnvPool id, or any other Gymnasium id (`module:Name-v0` imports the module first)"""
+    total_timesteps: int = 500_000
+    """environment steps of the whole run, all environments together"""
+    seed: int = 1
+    """seed of the run; every environment draws its own stream from it"""
+    device: str = "auto"
+    """any torch device; "auto" takes CUDA when present"""
+    resume: str = ""
+    """go on with the run in this folder; the other options default to those it was started with"""
+
+    num_envs: int = 32
+    """environments stepped in parallel"""
+    num_steps: int = 64
+    """steps in each environment between two rounds of learning"""
+    num_eval_envs: int = 8
+    """further environments that act greedily beside the training ones and are never trained on"""
+
+    learning_rate: float = 1e-4
+    """learning rate of RAdam"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0 over the schedule"""
+    schedule_timesteps: int | None = None
+    """environment steps that both schedules (learning rate, ε) are laid out for; the length of the run if not given"""
+    start_e: float = 1.0
+    """ε of the first rollout"""
+    end_e: float = 0.2
+    """ε at the end of its decay"""
+    exploration_fraction: float = 0.2
+    """share of the schedule over which ε decays linearly"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    q_lambda: float = 0.95
+    """λ of the Q(λ) returns; 0 is one-step Q-learning"""
+    num_minibatches: int = 16
+    """minibatches, each one gradient step, that a rollout is divided into"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    max_grad_norm: float = 10.0
+    """the gradient's norm is clipped to this"""
+    reward_scale: float = 0.1
+    """rewards are multiplied by this in the targets, not in the logged returns"""
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """width of each hidden layer"""
+    norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"
+    """normalisation after each hidden layer, before its ReLU"""
+    normalize_input: bool = False
+    """batch-normalise the observations (§5.5, Fig. 6b)"""
+    l2_coef: float = 0.0
+    """ℓ² regularisation of the output layer's weights: the coefficient of w in Eq. 9"""
+
+    log_interval: int = 2_000
+    """environment steps between two points of the curves (one rollout at least)"""
+    checkpoint_interval: int = 100_000
+    """environment steps between two checkpoints (there is always one at the end)"""
+    track: bool = False
+    """mirror the curves to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "pqn"
+    """the Weights & Biases project"""
+    wandb_entity: str | None = None
+    """the Weights & Biases team"""
+
+
+# ------------------------------------------------------------------------------------------------ environments
+
+
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
+    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
+    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+    seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
+    kwargs = {"render_mode": "rgb_array"} if render else {}
+    on_envpool = args.env_id in envpool.list_all_envs()
+    try:
+        with warnings.catch_warnings():  # about the precision of the bounds of observation spaces
+            warnings.simplefilter("ignore")
+            if on_envpool:
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **kwargs)
+                spaces(envs)
+                return envs
+            envs = gym.make_vec(args.env_id, num_envs=num_envs, **kwargs)
+            # Not a list for an environment that comes vectorised: its copies share one random stream.
+            envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
+            return envs
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    known = [*envpool.list_all_envs(), *gym.registry]
+    if ":" in args.env_id or args.env_id in known:
+        fail(f"cannot make {args.env_id}: {reason}")
+    close = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5)
+    fail(f"unknown environment {args.env_id!r}" + (f", did you mean {' or '.join(close)}?" if close else ""))
+
+
+def spaces(envs):
+    """Observation and action space of one environment."""
+    if hasattr(envs, "single_observation_space"):
+        return envs.single_observation_space, envs.single_action_space
+    return envs.observation_space, envs.action_space
+
+
+def step_envs(envs, actions):
+    """One step of every environment, in NumPy arrays.
+
+    EnvPool and Gymnasium reset on the *next* step: `obs` is the true successor even where an episode ends, and the
+    step after it is a phantom, which ignores its action and only brings the first observation of a new episode.
+    `score` and `over` are the reward and the end of the episode as a person would count them.
+    """
+    obs, rewards, terminated, truncated, _ = envs.step(actions.astype(np.int32) + int(spaces(envs)[1].start))
+    return obs, rewards, terminated, truncated, rewards, terminated | truncated
+
+
+class Collector:
+    """Steps the environments and stores what they do. The training environments come first; those after them act
+    greedily, are counted apart and are not stored."""
+
+    def __init__(self, envs, network, args: Args, device):
+        observation_space, action_space = spaces(envs)
+        T, N, num_envs = args.num_steps, args.num_envs, args.num_envs + args.num_eval_envs
+        self.envs, self.device, self.num_actions = envs, device, int(action_space.n)
+        self.act = partial(act, network)
+        dtype = torch.int64 if isinstance(observation_space, gym.spaces.Discrete) else torch.float32
+        shape, on_cuda = observation_space.shape, device.type == "cuda"
+        self.host_obs = torch.zeros((num_envs, *shape), dtype=dtype, pin_memory=on_cuda)
+        self.obs = torch.zeros_like(self.host_obs, device=device) if on_cuda else self.host_obs
+        self.stored_obs = torch.zeros((T, N, *shape), dtype=dtype, device=device)
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        self.values = torch.zeros((T + 1, N), device=device)
+        # These stay on the host until the rollout is over.
+        self.rewards = np.zeros((T, N), dtype=np.float32)
+        self.terminated, self.truncated, self.phantom = (np.zeros((T, N), dtype=bool) for _ in range(3))
+        self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
+        self.observe(envs.reset()[0])
+
+    def observe(self, obs):
+        self.host_obs.copy_(torch.from_numpy(obs))
+        self.obs.copy_(self.host_obs, non_blocking=True)  # without effect where they are the same tensor
+
+    def collect(self, epsilon):
+        """One rollout: its tensors (T, N), values with a row more, and the (environment, return, length) of the
+        episodes that ended in it, in the training and in the greedy environments."""
+        T, N = self.rewards.shape
+        finished, finished_eval = [], []
+        # Drawn on the host, so that every device explores alike
+        explore = (torch.rand(T, N) < epsilon).to(self.device)
+        random_actions = torch.randint(self.num_actions, (T, N)).to(self.device)
+        for t in range(T):
+            self.stored_obs[t] = self.obs[:N]
+            actions, self.values[t] = self.act(self.obs, explore[t], random_actions[t])
+            self.actions[t] = actions[:N]
+            self.phantom[t] = self.ended[:N]
+            obs, rewards, terminated, truncated, score, over = step_envs(self.envs, actions.cpu().numpy())
+            self.observe(obs)
+            self.rewards[t], self.terminated[t], self.truncated[t] = rewards[:N], terminated[:N], truncated[:N]
+            self.returns += score
+            self.lengths += ~self.ended
+            self.ended = terminated | truncated
+            for i in np.flatnonzero(over):
+                (finished if i < N else finished_eval).append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i] = self.lengths[i] = 0
+        _, self.values[T] = self.act(self.obs, explore[0], random_actions[0])
+        on_host = self.rewards, self.terminated, self.truncated, ~self.phantom
+        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
+        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
+        return rollout, finished, finished_eval
+
+
+@torch.no_grad()
+def act(network, obs, explore, random_actions):
+    """ε-greedy actions of the training environments, greedy ones of the others; max_a Q(s, a) of the former."""
+    values, actions = network(obs).max(1)
+    N = len(explore)
+    actions[:N] = torch.where(explore, random_actions, actions[:N])
+    return actions, values[:N]
+
+
+# ----------------------------------------------------------------------------------------------------- network
+
+
+class QNetwork(nn.Module):
+    """Linear → norm → ReLU for each hidden layer, then a linear layer to one value per action (Eq. 5)."""
+
+    def __init__(self, observation_space, action_space, args: Args):
+        super().__init__()
+        self.discrete = isinstance(observation_space, gym.spaces.Discrete)
+        self.first = int(observation_space.start) if self.discrete else 0
+        self.inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
+        sizes = (self.inputs, *args.hidden_sizes)
+        layers = [norm_layer("batch_norm", self.inputs)] if args.normalize_input else []
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            layers += [initialise(nn.Linear(fan_in, fan_out), scale=1), norm_layer(args.norm_type, fan_out), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = initialise(nn.Linear(sizes[-1], int(action_space.n)), scale=1)
+
+    def forward(self, obs):
+        if self.discrete:
+            obs = F.one_hot(obs - self.first, self.inputs)
+        return self.head(self.body(obs.flatten(1).float()))
+
+
+def norm_layer(norm_type, size):
+    if norm_type == "layer_norm":
+        return nn.LayerNorm(size, eps=1e-6)  # Eq. 6, its 1/√k aside; learned scale and shift
+    # Flax, which the authors use, keeps 0.99 of the running statistics at each step: PyTorch's momentum 0.01.
+    return nn.BatchNorm1d(size, momentum=0.01) if norm_type == "batch_norm" else nn.Identity()
+
+
+def initialise(layer, scale):
+    """Weights as Flax draws them: He-normal for scale 2, LeCun-normal for 1, cut off at 2σ; no bias at first."""
+    std = math.sqrt(scale / layer.weight[0].numel()) / 0.87962566103423978  # the σ of what the cut leaves of N(0, 1)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------- Q(λ) and learning
+
+
+def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lambda: float):
+    """λ-returns (Algorithm 1, line 10), backwards in time from R_T = max_a Q(s_T, a):
+
+        R_t = r_t                                                  where the episode terminates at s_{t+1},
+        R_t = r_t + γ max_a Q(s_{t+1}, a)                          where it is cut short there,
+        R_t = r_t + γ [λ R_{t+1} + (1 − λ) max_a Q(s_{t+1}, a)]    everywhere else.
+
+    rewards, terminated, truncated: (T, N); values: (T + 1, N), max_a Q(s_t, a). The step after the end of an episode
+    is a phantom: its target means nothing and is never used, and no trace leads from it to a real step.
+    """
+    trace = gamma * q_lambda * ~(terminated | truncated)
+    # R_t = base_t + trace_t R_{t+1}: all but the recursion in one go
+    base = rewards + (gamma * ~terminated - trace) * values[1:]
+    targets = torch.empty_like(rewards)
+    future = values[-1]
+    for t in reversed(range(len(rewards))):
+        future = torch.addcmul(base[t], trace[t], future, out=targets[t])
+    return targets
+
+
+def td_loss(network, obs, actions, targets, real, l2_coef: float):
+    """½ mean (R − Q(s, a))² over the real transitions of a minibatch (Algorithm 1, line 14); their mean Q(s, a)."""
+    q_values = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
+    errors = torch.where(real, targets - q_values, 0.0)
+    loss = 0.5 * errors.square().sum() / real.sum()
+    if l2_coef:  # its gradient is the coefficient times w, the last layer's part of Eq. 9
+        loss = loss + 0.5 * l2_coef * network.head.weight.square().sum()
+    return loss, torch.where(real, q_values, 0.0).sum() / real.sum()
+
+
+def flatten_parameters(network):
+    """Moves all parameters into one tensor and their gradients into another, of which the network sees views:
+    clipping and RAdam then take a handful of operations, not a handful per layer."""
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for p in network.parameters():
+        part = slice(start, start + p.numel())
+        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
+        start += p.numel()
+    return flat
+
+
+def train_step(network, parameters, optimizer, args: Args, index, *data):
+    """One gradient step on the minibatch `index` of data = (obs, actions, targets, real); the loss, the mean Q-value
+    and the norm of the gradient."""
+    loss, q_value = td_loss(network, *(x[index] for x in data), args.l2_coef)
+    parameters.grad.zero_()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
+    optimizer.step()
+    return torch.stack([loss.detach(), q_value.detach(), grad_norm])
+
+
+def why_not_finite(metrics, rewards, values):
+    """What to tell the user when a loss or gradient, or anything before them, is not finite."""
+    if not rewards.isfinite().all():
+        return "the environment returned a reward that is not finite"
+    if not values.isfinite().all():
+        return "the Q-values are not finite: the environment's observations, or too high a --learning-rate"
+    name = "gradient" if metrics[0].isfinite() else "loss"
+    return f"the {name} is not finite: lower --learning-rate, or use --norm-type layer_norm"
+
+
+def linear_schedule(start, end, step, duration):
+    return start + (end - start) * min(1.0, step / duration) if duration else end
+
+
+# ------------------------------------------------------------------------------- errors, progress and checkpoints
+
+
+def fail(message):
+    """Ends the program for a reason that the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args: Args, envs=None):
+    """Every reason to refuse a run: those in the options and, given `envs`, those in the environment."""
+    given = {name: (f"--{name.replace('_', '-')}", value) for name, value in asdict(args).items()}
+    counts = "total_timesteps num_envs num_steps num_minibatches update_epochs log_interval checkpoint_interval".split()
+    shares = "gamma q_lambda start_e end_e exploration_fraction".split()
+    rates = "learning_rate max_grad_norm reward_scale".split()
+    batch_size = args.num_envs * args.num_steps
+    uses_batch_norm = args.norm_type == "batch_norm" or args.normalize_input
+    checks = [
+        *[(value < 1, f"{option} must be at least 1, not {value}") for option, value in map(given.get, counts)],
+        *[
+            (not 0 <= value <= 1, f"{option} must lie in [0, 1], not {value}")
+            for option, value in map(given.get, shares)
+        ],
+        *[
+            (not 0 < value < math.inf, f"{option} must be positive and finite, not {value}")
+            for option, value in map(given.get, rates)
+        ],
+        (not 0 <= args.l2_coef < math.inf, f"--l2-coef must be finite and not negative, not {args.l2_coef}"),
+        (args.num_eval_envs < 0, f"--num-eval-envs must not be negative, not {args.num_eval_envs}"),
+        (args.seed < 0, f"--seed must not be negative, not {args.seed}"),
+        (min(args.hidden_sizes, default=1) < 1, f"--hidden-sizes must be at least 1 each, not {args.hidden_sizes}"),
+        (
+            batch_size % max(args.num_minibatches, 1) > 0,
+            f"--num-minibatches {args.num_minibatches} does not divide the {batch_size} steps of a rollout "
+            f"(--num-envs {args.num_envs} × --num-steps {args.num_steps})",
+        ),
+        (
+            uses_batch_norm and batch_size == args.num_minibatches,
+            "batch norm needs minibatches of two steps or more: lower --num-minibatches",
+        ),
+        (
+            args.total_timesteps < batch_size,
+            f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size} steps",
+        ),
+        (
+            args.schedule_timesteps is not None and args.schedule_timesteps < 1,
+            f"--schedule-timesteps must be at least 1, not {args.schedule_timesteps}",
+        ),
+        (
+            args.track and importlib.util.find_spec("wandb") is None,
+            "--track needs Weights & Biases: pip install wandb",
+        ),
+    ]
+    if envs is not None:
+        observation_space, action_space = spaces(envs)
+        reset_mode = envs.metadata.get("autoreset_mode")
+        checks += [
+            (
+                not isinstance(action_space, gym.spaces.Discrete),
+                f"{args.env_id} has {action_space} actions: PQN needs Discrete ones",
+            ),
+            (
+                not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete),
+                f"{args.env_id} has {type(observation_space).__name__} observations: PQN needs Box or Discrete ones",
+            ),
+            (
+                reset_mode != AutoresetMode.NEXT_STEP,
+                f"{args.env_id} resets in mode {reset_mode}: PQN needs AutoresetMode.NEXT_STEP",
+            ),
+        ]
+    for wrong, message in checks:
+        if wrong:
+            fail(message)
+
+
+def pick_device(name):
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        return device
+    except Exception as error:
+        fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+
+
+def open_run(args, first_step):
+    """The run's folder and its TensorBoard writer."""
+    folder = Path(args.resume)
+    if not args.resume:
+        name = re.sub(r"[^\w.-]", "-", args.env_id)
+        started = int(time.time())
+        while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
+            started += 1
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=folder.resolve().name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            resume="allow",
+        )
+    # Points that a killed run wrote after its last checkpoint are dropped.
+    writer = SummaryWriter(folder, purge_step=first_step + 1 if args.resume else None)
+    rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", first_step)
+    return folder, writer
+
+
+class Progress:
+    """One live line on a terminal, a plain line every ten seconds in a pipe."""
+
+    def __init__(self, args, first_step):
+        self.total, self.first_step, self.live = args.total_timesteps, first_step, sys.stdout.isatty()
+        self.started = self.shown = time.time()
+
+    def speed(self, step):
+        return (step - self.first_step) / (time.time() - self.started)
+
+    def show(self, step, last_returns, eval_returns, epsilon):
+        if time.time() - self.shown < (0.2 if self.live else 10):
+            return
+        self.shown = time.time()
+        left = timedelta(seconds=int((self.total - step) / self.speed(step)))
+        train, greedy = (f"{np.mean(returns):.1f}" if returns else "-" for returns in (last_returns, eval_returns))
+        line = f"{step:,}/{self.total:,} steps, {self.speed(step):,.0f}/s, {left} left, "
+        line += f"return {train}, greedy {greedy}, ε {epsilon:.3f}"
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def close(self):
+        print("\r\033[K" if self.live else "", end="", flush=True)
+
+
+def save_checkpoint(folder, checkpoint):
+    """Written beside the old one and then put in its place, so that there is a whole one at any time."""
+    unfinished = folder / "checkpoint.pt.tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / "checkpoint.pt")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder, script=Path(__file__).stem):
+    path = Path(folder, "checkpoint.pt")
+    if not path.is_file():
+        fail(f"there is no checkpoint in {folder}: name a run's folder, runs/...")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
+        made_by = checkpoint["script"]
+    except Exception:
+        fail(f"{path} is broken, or no checkpoint of this project")
+    if made_by != script:
+        fail(f"{path} was made by {made_by}.py, not by {script}.py")
+    return checkpoint
+
+
+def parse_args():
+    """The command line. With --resume, what it does not say is as in the run that goes on."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    saved = load_checkpoint(args.resume)["args"]
+    try:
+        args = tyro.cli(Args, default=Args(**saved))
+    except TypeError:
+        fail(f"the checkpoint in {args.resume} was made by another version of this script")
+    if args.env_id != saved["env_id"]:
+        fail(f"the checkpoint in {args.resume} is of {saved['env_id']}, not of {args.env_id}")
+    return args
+
+
+@contextmanager
+def stop_on_signal():
+    """A list that the first Ctrl-C or SIGTERM enters, so that the run ends in order. A second one ends it at once."""
+    signals = []
+
+    def note(signum, _):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args):
+    # Set up: nothing is written before everything has been checked
+    check(args)
+    device = pick_device(args.device)
+    args.schedule_timesteps = args.schedule_timesteps or args.total_timesteps  # saved, so that a resumed run keeps it
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    global_step = first_step = checkpoint["step"] if checkpoint else 0
+    batch_size = args.num_envs * args.num_steps
+    minibatch_size = batch_size // args.num_minibatches
+    if first_step + batch_size > args.total_timesteps:
+        fail(f"{args.resume} has done {first_step} steps already: ask for more with --total-timesteps")
+    envs = make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, first_step))  # fresh seeds after --resume
+    check(args, envs)
+    torch.manual_seed(args.seed)
+    network = QNetwork(*spaces(envs), args)
+    if checkpoint:
+        try:
+            network.load_state_dict(checkpoint["network"])
+        except RuntimeError:
+            fail(f"the checkpoint in {args.resume} is of another network or another environment")
+    network.to(device)
+    parameters = flatten_parameters(network)
+    optimizer = torch.optim.RAdam([parameters], lr=args.learning_rate, foreach=True)
+    train = partial(train_step, network, parameters, optimizer, args)
+    collector = Collector(envs, network, args, device)
+    last_returns, eval_returns = deque(maxlen=100), deque(maxlen=100)
+    if checkpoint:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        torch.set_rng_state(checkpoint["rng_state"])
+        last_returns.extend(checkpoint["last_returns"])
+        eval_returns.extend(checkpoint["eval_returns"])
+    folder, writer = open_run(args, first_step)
+    progress = Progress(args, first_step)
+
+    def save():
+        state = {"script": Path(__file__).stem, "args": asdict(args), "step": global_step}
+        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        state |= {"rng_state": torch.get_rng_state()}
+        state |= {"last_returns": list(last_returns), "eval_returns": list(eval_returns)}
+        save_checkpoint(folder, state)
+        writer.flush()
+
+    metrics, updates, episodes, eval_episodes = torch.zeros(3, device=device), 0, [], []  # since the last point
+    try:
+        with stop_on_signal() as stopped:
+            print(f"{folder}: {args.env_id} on {device}, {parameters.numel():,} parameters", flush=True)
+            if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
+                print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
+            while global_step + batch_size <= args.total_timesteps and not stopped:
+                # Collect
+                decay_steps = args.exploration_fraction * args.schedule_timesteps
+                epsilon = linear_schedule(args.start_e, args.end_e, global_step, decay_steps)
+                network.eval()
+                rollout, finished, finished_eval = collector.collect(epsilon)
+                obs, actions, rewards, values, terminated, truncated, real = rollout
+                episodes, eval_episodes = episodes + finished, eval_episodes + finished_eval
+
+                # Compute targets
+                scaled = rewards * args.reward_scale
+                targets = q_lambda_targets(scaled, values, terminated, truncated, args.gamma, args.q_lambda)
+
+                # Learn
+                network.train()
+                data = [x.flatten(0, 1) for x in (obs, actions, targets, real)]
+                real_on_host = torch.as_tensor(~collector.phantom).flatten()
+                for epoch in range(args.update_epochs):
+                    permutation = torch.randperm(batch_size)
+                    for i, index in enumerate(permutation.to(device).split(minibatch_size)):
+                        if args.anneal_lr:
+                            done = global_step + batch_size * (epoch + i / args.num_minibatches) / args.update_epochs
+                            lr = linear_schedule(args.learning_rate, 0.0, done, args.schedule_timesteps)
+                            optimizer.param_groups[0]["lr"] = lr
+                        if real_on_host[permutation[i * minibatch_size : (i + 1) * minibatch_size]].any():
+                            metrics += train(index, *data)
+                            updates += 1
+                if not metrics.isfinite().all():
+                    raise FloatingPointError(
+                        f"step {global_step + batch_size}: {why_not_finite(metrics, rewards, values)}"
+                    )
+                global_step += batch_size
+
+                # Log
+                last_returns.extend(episode_return for _, episode_return, _ in finished)
+                eval_returns.extend(episode_return for _, episode_return, _ in finished_eval)
+                if global_step % args.log_interval < batch_size or global_step + batch_size > args.total_timesteps:
+                    points = {"charts/SPS": progress.speed(global_step), "charts/epsilon": epsilon}
+                    points["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+                    if updates:
+                        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+                        points |= zip(names, (metrics / updates).tolist(), strict=True)
+                    for group, ended in (("charts", episodes), ("eval", eval_episodes)):
+                        if ended:
+                            _, mean_return, mean_length = np.mean(ended, axis=0)
+                            points |= {f"{group}/episodic_return": mean_return, f"{group}/episodic_length": mean_length}
+                    for name, value in points.items():
+                        writer.add_scalar(name, value, global_step)
+                    metrics.zero_()
+                    updates, episodes, eval_episodes = 0, [], []
+                progress.show(global_step, last_returns, eval_returns, epsilon)
+
+                # Checkpoint
+                if global_step % args.checkpoint_interval < batch_size:
+                    save()
+            save()
+        writer.close()
+    except (FloatingPointError, OSError) as error:
+        progress.close()
+        print(f"error: {error}; --resume {folder} goes on from the last checkpoint there", file=sys.stderr)
+        raise SystemExit(1) from None
+    progress.close()
+    mean = lambda returns: f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "none ended"
+    print(f"{'stopped' if stopped else 'done'} at step {global_step:,}, {progress.speed(global_step):,.0f} steps/s")
+    print(f"return of the last {len(last_returns)} episodes {mean(last_returns)}, greedy {mean(eval_returns)}")
+    print(f"{'go on with --resume' if stopped else 'evaluate and watch with python play.py'} {folder}", flush=True)
+    if stopped:
+        raise SystemExit(128 + stopped[0])
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,602 @@
+"""pqn.py: the parts against slow, literal versions of the paper's equations, and the script as a user runs it."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import play
+import pqn
+
+ROOT = Path(__file__).parents[1]
+SMALL = pqn.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=1, total_timesteps=320, hidden_sizes=(16,))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def train(args):
+    """Runs the script's main(); the folder and the checkpoint that it leaves."""
+    before = set(Path("runs").glob("*"))
+    pqn.main(args)
+    (folder,) = set(Path("runs").glob("*")) - before or {Path(args.resume)}
+    return folder, torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def run(*command, **options):
+    """A script in a process of its own, as a user starts it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+# ------------------------------------------------------------------------------------------------- Q(λ) targets
+
+
+def literal_target(t, rewards, values, terminated, truncated, gamma, q_lambda):
+    """The definition, one environment and one step at a time, as a recursion."""
+    if terminated[t]:
+        return rewards[t]
+    if truncated[t] or t == len(rewards) - 1:
+        return rewards[t] + gamma * values[t + 1]
+    future = literal_target(t + 1, rewards, values, terminated, truncated, gamma, q_lambda)
+    return rewards[t] + gamma * (q_lambda * future + (1 - q_lambda) * values[t + 1])
+
+
+def random_rollout(T, N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.rand(*shape, generator=generator)
+    return draw(T, N) - 0.5, draw(T + 1, N) * 3, draw(T, N) < 0.15, draw(T, N) < 0.15
+
+
+@pytest.mark.parametrize("gamma, q_lambda", [(0.99, 0.65), (0.9, 0.0), (0.9, 1.0), (1.0, 0.95), (0.0, 0.5)])
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_targets_are_those_of_the_definition(T, gamma, q_lambda):
+    rollout = random_rollout(T, 300)
+    targets = pqn.q_lambda_targets(*rollout, gamma, q_lambda)
+    for n in range(300):
+        column = [x[:, n].tolist() for x in rollout]
+        literal = [literal_target(t, *column, gamma, q_lambda) for t in range(T)]
+        assert targets[:, n].tolist() == pytest.approx(literal, abs=1e-5)
+
+
+def test_lambda_0_is_one_step_q_learning():
+    rewards, values, terminated, truncated = random_rollout(9, 300)
+    targets = pqn.q_lambda_targets(rewards, values, terminated, truncated, 0.9, 0.0)
+    assert torch.allclose(targets, rewards + 0.9 * values[1:] * ~terminated)
+
+
+def test_lambda_1_is_the_discounted_sum_up_to_the_end_of_the_episode_or_rollout():
+    rewards, values, terminated, truncated = random_rollout(9, 300)
+    targets = pqn.q_lambda_targets(rewards, values, terminated, truncated, 0.9, 1.0)
+    for n in range(300):
+        for t in range(9):
+            end = next((k for k in range(t, 9) if terminated[k, n] or truncated[k, n]), 8)
+            total = sum(0.9 ** (k - t) * rewards[k, n] for k in range(t, end + 1))
+            if not terminated[end, n]:
+                total += 0.9 ** (end + 1 - t) * values[end + 1, n]
+            assert targets[t, n].item() == pytest.approx(total.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["terminated", "truncated"])
+def test_no_trace_crosses_the_end_of_an_episode(flag):
+    rewards, values, _, _ = random_rollout(6, 1)
+    flags = {"terminated": torch.zeros(6, 1, dtype=torch.bool), "truncated": torch.zeros(6, 1, dtype=torch.bool)}
+    flags[flag][2] = True
+    before = pqn.q_lambda_targets(rewards, values, **flags, gamma=0.9, q_lambda=0.8)
+    rewards[3:], values[4:] = 100.0, -100.0  # the phantom step 3, and all that comes after it
+    after = pqn.q_lambda_targets(rewards, values, **flags, gamma=0.9, q_lambda=0.8)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.isclose(before[3:], after[3:]).any()
+
+
+def test_a_truncation_bootstraps_and_a_termination_wins_where_both_are_reported():
+    one, yes, no = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
+    target = lambda terminated, truncated: pqn.q_lambda_targets(
+        one, torch.full((2, 1), 7.0), terminated, truncated, 0.5, 0.9
+    ).item()
+    assert target(no, yes) == 1 + 0.5 * 7
+    assert target(yes, no) == target(yes, yes) == 1
+
+
+# ---------------------------------------------------------------------------------------- network and training step
+
+
+def network_for(env_id="CartPole-v1", **options):
+    args = replace(SMALL, env_id=env_id, **options)
+    envs = pqn.make_envs(args, 1, (0,))
+    return pqn.QNetwork(*pqn.spaces(envs), args), args
+
+
+def test_the_network_is_equation_5_with_the_layernorm_of_equation_6():
+    network, _ = network_for(hidden_sizes=(16,))
+    M, b = network.body[0].weight, network.body[0].bias
+    x = torch.randn(7, 4)
+    f = x @ M.T + b
+    k = f.shape[1]
+    centred = f - f.sum(1, keepdim=True) / k
+    eq6 = centred / torch.sqrt((centred**2).sum(1, keepdim=True) / k + 1e-6) / math.sqrt(k)
+    assert torch.all(eq6.norm(dim=1) <= 1)
+    # PyTorch's LayerNorm lacks the 1/√k; nothing normalises the output
+    expected = torch.relu(math.sqrt(k) * eq6) @ network.head.weight.T + network.head.bias
+    assert torch.allclose(network(x), expected, atol=1e-5)
+
+
+def test_weights_start_lecun_normal_and_biases_at_zero():
+    torch.manual_seed(0)
+    network, _ = network_for(hidden_sizes=(400, 300))
+    for layer in (network.body[0], network.body[3], network.head):
+        std = 1 / math.sqrt(layer.in_features)
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.weight.abs().max() <= 2 * std / 0.8796 + 1e-6
+        assert not layer.bias.any()
+
+
+def test_every_norm_type_is_what_it_says():
+    kinds = {"layer_norm": torch.nn.LayerNorm, "batch_norm": torch.nn.BatchNorm1d, "none": torch.nn.Identity}
+    for name, kind in kinds.items():
+        assert isinstance(network_for(norm_type=name)[0].body[1], kind)
+    network, _ = network_for(normalize_input=True)
+    assert isinstance(network.body[0], torch.nn.BatchNorm1d) and network.body[0].num_features == 4
+
+
+def test_one_step_of_one_environment_is_equation_1():
+    torch.manual_seed(0)
+    network, args = network_for(max_grad_norm=1e6)
+    reference, _ = network_for()
+    reference.load_state_dict(network.state_dict())
+    parameters = pqn.flatten_parameters(network)
+    optimizer = torch.optim.SGD([parameters], lr=0.05)
+    state, action, reward, successor = torch.randn(1, 4), torch.tensor([1]), 0.7, torch.randn(1, 4)
+
+    values = torch.stack([network(s).detach().max(1).values for s in (state, successor)])
+    never = torch.zeros(1, 1, dtype=torch.bool)
+    targets = pqn.q_lambda_targets(torch.tensor([[reward]]), values, never, never, 0.9, 0.0)
+    pqn.train_step(network, parameters, optimizer, args, torch.tensor([0]), state, action, targets[0], ~never[0])
+
+    q_value = reference(state)[0, 1]
+    delta = reward + 0.9 * reference(successor).max().item() - q_value.item()
+    q_value.backward()
+    expected = torch.cat([(p + 0.05 * delta * p.grad).flatten() for p in reference.parameters()])
+    assert torch.allclose(parameters, expected, atol=1e-6)
+
+
+def minibatch(size=6):
+    torch.manual_seed(3)
+    real = torch.tensor([True, False, True, True, False, True])[:size]
+    return torch.randn(size, 4), torch.randint(2, (size,)), torch.randn(size), real
+
+
+@pytest.mark.parametrize("norm_type", ["layer_norm", "none"])
+def test_phantoms_change_neither_loss_nor_gradient(norm_type):
+    network, args = network_for(norm_type=norm_type)
+    parameters = pqn.flatten_parameters(network)
+
+    def loss_and_gradient(obs, actions, targets, real):
+        parameters.grad.zero_()
+        loss, q_value = pqn.td_loss(network, obs, actions, targets, real, 0.0)
+        loss.backward()
+        return loss.item(), q_value.item(), parameters.grad.clone()
+
+    obs, actions, targets, real = minibatch()
+    loss, q_value, gradient = loss_and_gradient(obs, actions, targets, real)
+    changed = torch.where(real, targets, torch.tensor([0, 1e6, 0, 0, float("nan"), 0]))
+    other = torch.where(real, actions, 1 - actions), changed
+    loss2, q_value2, gradient2 = loss_and_gradient(obs, *other, real)
+    assert (loss, q_value) == (loss2, q_value2) and torch.equal(gradient, gradient2)
+    # and the mean is over the real ones
+    alone = loss_and_gradient(obs[real], actions[real], targets[real], real[real])
+    assert (loss, q_value) == pytest.approx(alone[:2]) and torch.allclose(gradient, alone[2], atol=1e-6)
+
+
+def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state():
+    # Every episode of BothFlags is one step long: the second step is a phantom, and a minibatch by itself.
+    one_step = dict(num_envs=1, num_steps=1, num_minibatches=1, num_eval_envs=0, schedule_timesteps=100)
+    args = replace(SMALL, env_id="tiny_envs:BothFlags-v0", l2_coef=0.1, **one_step)
+    results = [train(replace(args, total_timesteps=steps))[1] for steps in (1, 2, 3)]
+    flat = lambda checkpoint: torch.cat([w.flatten() for w in checkpoint["network"].values()])
+    state = lambda checkpoint: checkpoint["optimizer"][0]
+    assert torch.equal(flat(results[0]), flat(results[1]))
+    assert not torch.equal(flat(results[1]), flat(results[2]))
+    assert [state(r)["step"].item() for r in results] == [1, 1, 2]
+    assert torch.equal(state(results[0])["exp_avg"], state(results[1])["exp_avg"])
+    assert torch.equal(state(results[0])["exp_avg_sq"], state(results[1])["exp_avg_sq"])
+
+
+def test_l2_regularises_the_weights_of_the_last_layer_alone():
+    network, _ = network_for()
+    obs, actions, targets, real = minibatch()
+    gradients = []
+    for coefficient in (0.0, 0.3):
+        network.zero_grad()
+        pqn.td_loss(network, obs, actions, targets, real, coefficient)[0].backward()
+        gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    for name, p in network.named_parameters():
+        extra = 0.3 * p.detach() if name == "head.weight" else torch.zeros_like(p)
+        assert torch.allclose(gradients[1][name] - gradients[0][name], extra, atol=1e-6)
+
+
+def test_flattened_parameters_leave_the_network_as_it_was_and_collect_every_gradient():
+    network, _ = network_for(norm_type="batch_norm", hidden_sizes=(16, 8))
+    x = torch.randn(9, 4)
+    network.eval()
+    before, named = network(x), {name: p.detach().clone() for name, p in network.named_parameters()}
+    parameters = pqn.flatten_parameters(network)
+    assert torch.equal(network(x), before)
+    network(x).sum().backward()
+    assert torch.equal(parameters.grad, torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert parameters.grad.any()
+    with torch.no_grad():
+        parameters.mul_(2)
+    assert all(torch.equal(p, 2 * named[name]) for name, p in network.named_parameters())
+
+
+# --------------------------------------------------------------------------------------------------- environments
+
+
+def collector_for(env_id, **options):
+    args = replace(SMALL, env_id=env_id, **options)
+    envs = pqn.make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, 0))
+    network = pqn.QNetwork(*pqn.spaces(envs), args)
+    return pqn.Collector(envs, network, args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "tiny_envs:TimeLimited-v0"])
+def test_returns_and_lengths_are_those_of_whole_episodes(env_id):
+    collector = collector_for(env_id, num_envs=3, num_eval_envs=2, num_steps=40)
+    played = {i: [0] for i in range(5)}  # the lengths that the flags tell, counted one step at a time
+    finished = []
+    step_envs = pqn.step_envs
+
+    def counting(envs, actions):
+        result = step_envs(envs, actions)
+        for i in range(5):
+            if played[i][-1] == "ended":
+                played[i][-1] = 0
+            else:
+                played[i][-1] += 1
+                if result[2][i] or result[3][i]:
+                    played[i].append("ended")
+        return result
+
+    pqn.step_envs = counting
+    try:
+        for _ in range(8):
+            _, train_episodes, eval_episodes = collector.collect(1.0)
+            assert {i for i, _, _ in train_episodes} <= {0, 1, 2} and {i for i, _, _ in eval_episodes} <= {3, 4}
+            finished += train_episodes + eval_episodes
+    finally:
+        pqn.step_envs = step_envs
+    assert len(finished) >= 10
+    for i in range(5):
+        lengths = [length for env, _, length in finished if env == i]
+        assert lengths == [n for n in played[i] if n != "ended"][: len(lengths)]
+    assert all(episode_return == length for _, episode_return, length in finished)  # both pay 1 a step
+    if "TimeLimited" in env_id:
+        assert {length for _, _, length in finished} == {5}
+
+
+@pytest.mark.parametrize("env_id, ends", [("TimeLimited-v0", "truncated"), ("Terminating-v0", "terminated")])
+def test_the_step_after_an_episode_is_the_phantom(env_id, ends):
+    collector = collector_for(f"tiny_envs:{env_id}", num_steps=20)
+    for _ in range(2):  # the second rollout starts within an episode
+        obs, _, rewards, _, terminated, truncated, real = collector.collect(1.0)[0]
+        end = {"terminated": terminated, "truncated": truncated}
+        assert torch.equal(real, obs != 5)  # the fifth step shows 5, and only a phantom starts there
+        assert torch.equal(end.pop(ends), obs == 4) and not end.popitem()[1].any()
+        assert torch.equal(rewards, real.float())
+        assert torch.equal(obs[1:], (obs[:-1] + 1) % 6)
+
+
+def test_greedy_environments_ignore_epsilon_and_training_ones_follow_it():
+    collector = collector_for("CartPole-v1", num_envs=200, num_eval_envs=100, num_steps=1)
+    collector.obs.copy_(torch.randn_like(collector.obs))
+    greedy = collector.act.args[0](collector.obs).argmax(1)
+    always, never = torch.ones(200, dtype=torch.bool), torch.zeros(200, dtype=torch.bool)
+    opposite = 1 - greedy[:200]
+    actions, values = collector.act(collector.obs, always, opposite)
+    assert torch.equal(actions, torch.cat([opposite, greedy[200:]]))
+    assert torch.equal(values, collector.act.args[0](collector.obs).max(1).values[:200])
+    assert torch.equal(collector.act(collector.obs, never, opposite)[0], greedy)
+    stored = collector.collect(0.5)[0][1]
+    assert stored.shape == (1, 200)
+
+
+def test_the_streams_of_neighbouring_seeds_do_not_overlap():
+    starts = [pqn.make_envs(SMALL, 64, (seed, step)).reset()[0] for seed in (1, 2, 3) for step in (0, 2048)]
+    rows = np.concatenate(starts)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    gymnasium = replace(SMALL, env_id="tiny_envs:Offset-v0")
+    draws = [[e.unwrapped.np_random.random() for e in pqn.make_envs(gymnasium, 8, (s, 0)).envs] for s in (1, 2, 3)]
+    assert len(np.unique(draws)) == 24
+
+
+def test_the_same_seed_gives_the_same_streams():
+    starts = [pqn.make_envs(SMALL, 8, (1, 0)).reset()[0] for _ in range(2)]
+    assert np.array_equal(*starts)
+
+
+# ------------------------------------------------------------------------------------------------ the whole script
+
+
+@pytest.mark.parametrize("env_id", ["TimeLimitedCycle-v0", "Terminating-v0"])
+def test_a_time_limit_does_not_lower_values_and_a_termination_does(env_id):
+    options = f"--env-id tiny_envs:{env_id} --total-timesteps 40000 --num-envs 8 --num-steps 10 --gamma 0.9".split()
+    options += "--learning-rate 0.01 --reward-scale 1 --num-minibatches 1 --update-epochs 1 --num-eval-envs 0".split()
+    result = run("pqn.py", *options)
+    assert result.returncode == 0, result.stderr
+    (folder,) = Path("runs").glob("*")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    args = pqn.Args(**checkpoint["args"])
+    network = pqn.QNetwork(*pqn.spaces(pqn.make_envs(args, 1, (0,))), args)
+    network.load_state_dict(checkpoint["network"])
+    values = network(torch.arange(5)).max(1).values.tolist()
+    endless = [1 / (1 - 0.9)] * 5
+    finite = [sum(0.9**k for k in range(5 - i)) for i in range(5)]
+    assert values == pytest.approx(endless if env_id == "TimeLimitedCycle-v0" else finite, rel=0.05)
+
+
+def test_a_run_leaves_curves_hyperparameters_and_an_agent_that_play_evaluates_and_shows():
+    result = run("pqn.py", "--total-timesteps", 20_000, "--hidden-sizes", 32, 32, "--seed", 3)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    (folder,) = Path("runs").glob("CartPole-v1__pqn__3__*")
+    assert str(folder) in result.stdout and "\r" not in result.stdout
+    points = curves(folder)
+    names = "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/epsilon "
+    names += "losses/td_loss losses/q_values losses/grad_norm eval/episodic_return eval/episodic_length"
+    assert set(points) == set(names.split())
+    assert [step for step, _ in points["charts/epsilon"]] == list(range(2048, 18433, 2048))
+    assert points["charts/epsilon"][0][1] == 1 and points["charts/epsilon"][-1][1] == pytest.approx(0.2)
+    assert points["charts/learning_rate"][0][1] == pytest.approx(1e-4, rel=0.11)
+
+    result = run("play.py", folder, "--episodes", 5, "--video", "cartpole.mp4")
+    assert result.returncode == 0, result.stderr
+    assert "5 greedy episodes" in result.stdout and "training" in result.stdout
+    assert result.stderr == ""
+    import imageio.v2 as imageio
+
+    frames = imageio.mimread("cartpole.mp4", memtest=False)
+    assert len(frames) > 5 and np.std(frames[0]) > 1 and not np.array_equal(frames[0], frames[-1])
+
+
+def test_the_same_seed_gives_the_same_curves_and_weights_and_another_does_not():
+    args = replace(SMALL, total_timesteps=1600, log_interval=32)
+    (a, first), (b, second), (_, other) = train(args), train(args), train(replace(args, seed=2))
+    assert {n: p for n, p in curves(a).items() if n != "charts/SPS"} == {
+        n: p for n, p in curves(b).items() if n != "charts/SPS"
+    }
+    assert len(curves(a)["losses/td_loss"]) == 50
+    for name, weight in first["network"].items():
+        assert torch.equal(weight, second["network"][name])
+    assert not torch.equal(first["network"]["head.weight"], other["network"]["head.weight"])
+
+
+def test_greedy_environments_do_not_change_what_is_learned():
+    weights = [train(replace(SMALL, num_eval_envs=n))[1]["network"]["head.weight"] for n in (0, 5)]
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_stopped_by_sigterm_and_resumed_a_run_ends_where_it_would_have():
+    options = ["--total-timesteps", "60000", "--hidden-sizes", "16", "--num-envs", "8", "--num-steps", "25"]
+    options += ["--num-minibatches", "2", "--update-epochs", "1", "--log-interval", "200", "--num-eval-envs", "0"]
+    options += ["--checkpoint-interval", "5000"]
+    command = [sys.executable, str(ROOT / "pqn.py"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = process.stdout.readline().split(":")[0]
+    while not Path(folder, "checkpoint.pt").exists():
+        pass
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    stopped = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+    assert 0 < stopped["step"] < 60_000 and f"--resume {folder}" in output
+
+    result = run("pqn.py", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    resumed = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+    assert resumed["step"] == 60_000 and [str(p) for p in Path("runs").glob("*")] == [folder]
+    assert resumed["args"]["hidden_sizes"] == (16,) and resumed["args"]["num_envs"] == 8
+    assert resumed["optimizer"][0]["step"] > stopped["optimizer"][0]["step"]
+    points = curves(folder)
+    for step, value in points["charts/epsilon"]:
+        assert value == pytest.approx(pqn.linear_schedule(1.0, 0.2, step - 200, 0.2 * 60_000))
+    for step, value in points["charts/learning_rate"]:
+        assert value == pytest.approx(1e-4 * (1 - (step - 100) / 60_000), abs=1e-9)
+    assert [step for step, _ in points["charts/epsilon"]] == list(range(200, 60_001, 200))
+
+
+def test_a_resumed_run_keeps_its_schedules_beyond_its_first_length(capsys):
+    folder, _ = train(replace(SMALL, log_interval=32))
+    sys.argv = ["pqn.py", "--resume", str(folder), "--total-timesteps", "640"]
+    args = pqn.parse_args()
+    assert (args.total_timesteps, args.schedule_timesteps, args.hidden_sizes) == (640, 320, (16,))
+    _, checkpoint = train(args)
+    assert checkpoint["step"] == 640
+    assert "the learning rate is 0" in capsys.readouterr().out
+    points = curves(folder)
+    assert [value for step, value in points["charts/learning_rate"] if step > 320] == [0.0] * 10
+    assert [value for step, value in points["charts/epsilon"] if step > 320] == pytest.approx([0.2] * 10)
+
+
+def test_interrupted_twice_it_has_the_random_state_of_one_run_and_fresh_environments():
+    folder, first = train(SMALL)
+    args = replace(pqn.Args(**first["args"]), resume=str(folder), total_timesteps=352)
+    seen = []
+    make_envs, manual_seed = pqn.make_envs, torch.manual_seed
+    pqn.make_envs = lambda args, n, seed: seen.append(seed) or make_envs(args, n, seed)
+    try:
+        _, second = train(args)
+    finally:
+        pqn.make_envs, torch.manual_seed = make_envs, manual_seed
+    assert seen == [(1, 320)]
+    torch.set_rng_state(first["rng_state"])
+    torch.rand(8, 4), torch.randint(2, (8, 4)), torch.randperm(32)  # one rollout's exploration, one epoch's shuffle
+    assert torch.equal(torch.get_rng_state(), second["rng_state"])
+
+
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1", "tiny_envs:BothFlags-v0", "Catch-v0"])
+@pytest.mark.parametrize("options", [{}, {"norm_type": "batch_norm", "normalize_input": True}])
+def test_other_observations_and_norms_run(env_id, options):
+    folder, checkpoint = train(replace(SMALL, env_id=env_id, **options))
+    assert checkpoint["step"] == 320 and "losses/td_loss" in curves(folder)
+
+
+def test_spaces_that_do_not_start_at_zero():
+    args = replace(SMALL, env_id="tiny_envs:Offset-v0", total_timesteps=6400, learning_rate=1e-2, end_e=0.0, gamma=0.5)
+    folder, _ = train(args)
+    returns = play.main(play.Args(str(folder), episodes=20))
+    assert np.mean(returns) > 5  # episodes last 10 steps on average, and only the middle one of the actions pays
+
+
+def test_batch_norm_collects_statistics_and_acts_by_them():
+    _, checkpoint = train(replace(SMALL, normalize_input=True))
+    assert checkpoint["network"]["body.0.num_batches_tracked"] == 20
+    assert checkpoint["network"]["body.0.running_mean"].any()
+
+
+@pytest.mark.parametrize(
+    "env_id, options, threshold",
+    [
+        # The best score of Catch is 1, a random one is −0.6; CartPole's are 500 and 22.
+        ("Catch-v0", dict(total_timesteps=100_000, learning_rate=1e-3, end_e=0.05), 0.9),
+        ("CartPole-v1", dict(total_timesteps=200_000, learning_rate=5e-4, hidden_sizes=(64, 64)), 400),
+    ],
+)
+def test_it_learns(env_id, options, threshold):
+    folder, _ = train(pqn.Args(env_id=env_id, num_eval_envs=0, **options))
+    assert np.mean(play.main(play.Args(str(folder), episodes=50))) >= threshold
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+BAD_OPTIONS = [
+    ("--env-id CartPool-v1", "CartPole-v1"),
+    ("--env-id no_such_module:Env-v0", "no_such_module"),
+    ("--env-id Pendulum-v1", "Discrete"),
+    ("--env-id MiniGrid-Empty-5x5-v0", "Box or Discrete"),
+    ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
+    ("--num-minibatches 7", "2048"),
+    ("--num-minibatches 2048 --norm-type batch_norm", "batch norm"),
+    ("--num-minibatches 2048 --normalize-input", "batch norm"),
+    *[
+        (f"--{name} 0", f"--{name}")
+        for name in "num-envs num-steps num-minibatches update-epochs total-timesteps log-interval "
+        "checkpoint-interval schedule-timesteps learning-rate max-grad-norm reward-scale hidden-sizes".split()
+    ],
+    *[(f"--{name} nan", f"--{name}") for name in ("learning-rate", "gamma", "q-lambda", "max-grad-norm", "l2-coef")],
+    ("--learning-rate inf", "--learning-rate"),
+    ("--num-eval-envs=-1", "--num-eval-envs"),
+    ("--gamma 1.01", "--gamma"),
+    ("--q-lambda=-0.1", "--q-lambda"),
+    ("--start-e 2", "--start-e"),
+    ("--exploration-fraction 1.5", "--exploration-fraction"),
+    ("--l2-coef=-1", "--l2-coef"),
+    ("--seed=-1", "--seed"),
+    ("--total-timesteps 100", "2048"),
+    ("--device nonsense", "--device"),
+    ("--resume nowhere", "no checkpoint"),
+]
+
+
+@pytest.mark.parametrize("options, hint", BAD_OPTIONS)
+def test_bad_options_get_one_line_and_exit_code_2_before_anything_is_written(options, hint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pqn.py", *options.split()])
+    with pytest.raises(SystemExit) as exit:
+        pqn.main(pqn.parse_args())
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and hint in message
+    assert not Path("runs").exists()
+
+
+def test_a_user_sees_the_same():
+    result = run("pqn.py", "--env-id", "CartPole-v7")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "CartPole-v1" in result.stderr
+    assert result.stdout == "" and not Path("runs").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_and_execute_nothing(monkeypatch, capsys):
+    folder, good = train(SMALL)
+    path = folder / "checkpoint.pt"
+    whole = path.read_bytes()
+
+    def refused(*options):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["pqn.py", "--resume", str(folder), *options])
+        with pytest.raises(SystemExit) as exit:
+            pqn.main(pqn.parse_args())
+        message = capsys.readouterr().err
+        assert exit.value.code == 2 and message.count("\n") == 1
+        return message
+
+    longer = "--total-timesteps", "640"
+    assert "has done 320 steps" in refused()
+    assert "CartPole-v1" in refused("--env-id", "Acrobot-v1", *longer)
+    assert "another network" in refused("--hidden-sizes", "20", *longer)
+    assert "another network" in refused("--norm-type", "batch_norm", *longer)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "broken" in refused(*longer)
+    torch.save({"script": "pqn", "args": Malicious()}, path)
+    assert "broken" in refused(*longer) and not Path("executed").exists()
+    torch.save(good | {"script": "baird"}, path)
+    assert "baird.py" in refused(*longer)
+    torch.save(good | {"args": {"env_id": "CartPole-v1", "from_another_time": 1}}, path)
+    assert "another version" in refused(*longer)
+
+
+@pytest.mark.parametrize("options", [["nowhere"], ["FOLDER", "--video", "x.avi"], ["FOLDER", "--episodes", "0"]])
+def test_play_refuses_bad_input(options, monkeypatch, capsys):
+    folder, _ = train(SMALL)
+    capsys.readouterr()
+    options = [str(folder) if option == "FOLDER" else option for option in options]
+    monkeypatch.setattr(sys, "argv", ["play.py", *options])
+    with pytest.raises(SystemExit) as exit:
+        play.main(play.tyro.cli(play.Args))
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(capsys):
+    args = replace(SMALL, env_id="tiny_envs:BadReward-v0", total_timesteps=3200, checkpoint_interval=320)
+    with pytest.raises(SystemExit) as exit:
+        pqn.main(args)
+    assert exit.value.code == 1
+    assert "step 1216: the environment returned a reward that is not finite" in capsys.readouterr().err
+    (folder,) = Path("runs").glob("*")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 960
+    assert all(weight.isfinite().all() for weight in checkpoint["network"].values())
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_whole_checkpoint(capsys, monkeypatch):
+    def full(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    folder, _ = train(SMALL)
+    whole = (folder / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(pqn.torch, "save", full)
+    with pytest.raises(SystemExit) as exit:
+        pqn.main(replace(SMALL, resume=str(folder), total_timesteps=640))
+    assert exit.value.code == 1 and "No space left" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == whole and not list(folder.glob("*.tmp"))
