@@ -708,6 +708,9 @@ def main(args: Args):
                         if ended:
                             _, mean_return, mean_length = np.mean(ended, axis=0)
                             points |= {f"{group}/episodic_return": mean_return, f"{group}/episodic_length": mean_length}
+                            if (game := args.env_id.removesuffix("-v5")) in RANDOM_AND_HUMAN:
+                                random, human = RANDOM_AND_HUMAN[game]
+                                points[f"{group}/human_normalized_score"] = (mean_return - random) / (human - random)
                     for name, value in points.items():
                         writer.add_scalar(name, value, global_step)
                     metrics.zero_()

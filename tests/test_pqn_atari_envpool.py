@@ -1,0 +1,388 @@
+"""pqn_atari_envpool.py: what it does differently from pqn.py, whose tests cover the blocks that the two share."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import play
+import pqn_atari_envpool as atari
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = atari.Args(
+    env_id="Pong-v5", num_envs=4, num_steps=8, num_eval_envs=2, num_minibatches=2, total_timesteps=64, precision="fp32"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def network_for(**options):
+    args = replace(SMALL, **options)
+    return atari.QNetwork(*atari.spaces(atari.make_envs(args, 1, (0,))), args)
+
+
+def collector_for(**options):
+    args = replace(SMALL, **options)
+    envs = atari.make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, 0))
+    return atari.Collector(envs, atari.QNetwork(*atari.spaces(envs), args), args, CPU)
+
+
+def test_what_the_scripts_share_is_the_same_text():
+    def definitions(script):
+        source = (ROOT / script).read_text()
+        return {d.name: ast.get_source_segment(source, d) for d in ast.parse(source).body if hasattr(d, "name")}
+
+    ours, theirs = definitions("pqn_atari_envpool.py"), definitions("pqn.py")
+    differ = "Args make_envs spaces step_envs Collector QNetwork norm_layer check main".split()  # the algorithm does
+    for name in set(ours) & set(theirs) - set(differ):
+        assert ours[name] == theirs[name], name
+
+
+# -------------------------------------------------------------------------------------------------------- network
+
+
+def test_the_network_is_the_nature_cnn_with_a_norm_after_every_layer_but_the_last():
+    network = network_for(stack_num=3, full_action_space=True)
+    obs = torch.randint(0, 256, (5, 3, 84, 84), dtype=torch.uint8)
+    shapes = []
+    for module in network.body:
+        module.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[1:])))
+    assert network(obs).shape == (5, 18) and network(obs).dtype == torch.float32
+    assert shapes[:13:3] == [(32, 20, 20), (64, 9, 9), (64, 7, 7), (3136,), (512,)]
+    kinds = [type(module).__name__ for module in network.body]
+    assert kinds == ["Conv2d", "ChannelLayerNorm", "ReLU"] * 3 + ["Flatten", "Linear", "LayerNorm", "ReLU"]
+    scales = [module.weight.numel() for module in network.body if isinstance(module, torch.nn.LayerNorm)]
+    assert scales == [32, 64, 64, 512]
+
+
+def normalises_each_position_by_itself(norm):
+    x = torch.randn(2, 32, 20, 20)
+    before = norm(x)
+    x[:, :, :10] = 100 * torch.randn(2, 32, 10, 20)  # the other half of the positions
+    alone = torch.allclose(norm(x)[:, :, 10:], before[:, :, 10:], atol=1e-5)
+    channels = before[:, :, 3, 5]
+    return alone and torch.allclose(channels.mean(1), torch.zeros(2), atol=1e-5)
+
+
+def test_layernorm_is_over_the_channels_at_each_position():
+    assert normalises_each_position_by_itself(atari.norm_layer("layer_norm", 32, 20, 20))
+    for other in ("layer_norm_map", "batch_norm", "none"):
+        assert not normalises_each_position_by_itself(atari.norm_layer(other, 32, 20, 20)), other
+
+
+def test_layernorm_is_equation_6_at_every_position():
+    x = torch.randn(3, 32, 4, 5)
+    mean = x.mean(1, keepdim=True)
+    eq6 = (x - mean) / torch.sqrt(((x - mean) ** 2).mean(1, keepdim=True) + 1e-6) / 32**0.5
+    assert torch.allclose(atari.norm_layer("layer_norm", 32, 4, 5)(x), 32**0.5 * eq6, atol=1e-5)
+
+
+def test_the_whole_map_norm_is_the_one_of_other_ports():
+    norm = atari.norm_layer("layer_norm_map", 32, 20, 20)
+    assert norm.weight.shape == (32, 20, 20)
+    assert norm(torch.randn(2, 32, 20, 20) * 5 + 3).mean((1, 2, 3)).abs().max() < 1e-5
+
+
+def test_weights_start_he_normal_and_in_the_output_layer_lecun_normal():
+    torch.manual_seed(0)
+    for layer in network_for().modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            scale = 1 if layer.weight.shape[0] == 6 else 2
+            assert layer.weight.std().item() == pytest.approx((scale / layer.weight[0].numel()) ** 0.5, rel=0.05)
+            assert not layer.bias.any()
+
+
+def test_bf16_computes_nearly_the_same_q_values_and_gradients():
+    networks = [network_for(precision=precision) for precision in ("fp32", "bf16")]
+    networks[1].load_state_dict(networks[0].state_dict())
+    obs = collector_for(num_envs=8, num_eval_envs=0).obs
+    data = obs, torch.arange(8) % 6, torch.randn(8), torch.ones(8, dtype=torch.bool)
+    q_values, gradients = [], []
+    for network in networks:
+        q_values.append(network(obs))
+        atari.td_loss(network, *data, 0.0)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert q_values[1].dtype == torch.float32 and not torch.equal(*q_values)
+    assert torch.allclose(*q_values, atol=0.05)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+# ----------------------------------------------------------------------------------------------------- environments
+
+
+def test_observations_are_uint8_from_the_game_to_the_network():
+    collector = collector_for()
+    seen = []
+    collector.act.args[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    obs = collector.collect(1.0)[0][0]
+    assert {obs.dtype, collector.obs.dtype, collector.host_obs.dtype, *seen} == {torch.uint8}
+    assert obs.shape == (8, 4, 4, 84, 84) and obs.float().std() > 1
+
+
+def decimal(byte):
+    return (byte >> 4) * 10 + (byte & 15)
+
+
+@pytest.mark.parametrize("game, hundreds, units", [("Breakout-v5", 76, 77), ("SpaceInvaders-v5", 102, 104)])
+def test_returns_are_the_scores_that_the_console_itself_counts(game, hundreds, units, monkeypatch):
+    """The game keeps its score in the console's memory, in decimal digits; rewards are clipped and lives are lost."""
+    scores, lost_lives, clipped = {}, [], []
+    collector = collector_for(env_id=game, num_envs=4, num_steps=50)
+    step = collector.envs.step
+
+    def watch(actions):
+        obs, rewards, terminated, truncated, info = step(actions)
+        clipped.extend(rewards)
+        lost_lives.extend(terminated & (info["terminated"] == 0))
+        for i in np.flatnonzero(info["terminated"]):
+            ram = info["ram"][i].astype(int)
+            scores.setdefault(int(i), []).append(100 * (decimal(ram[hundreds]) % 100) + decimal(ram[units]))
+        return obs, rewards, terminated, truncated, info
+
+    collector.envs = type("Watched", (), {"step": staticmethod(watch), "action_space": collector.envs.action_space})()
+    finished = []
+    while len(finished) < 8:
+        _, train_episodes, eval_episodes = collector.collect(1.0)
+        finished += train_episodes + eval_episodes
+    assert {i: [score for env, score, _ in finished if env == i] for i in scores} == scores
+    assert any(lost_lives) and max(clipped) == 1 and sum(map(sum, scores.values())) > 0
+
+
+def test_a_lost_life_ends_the_trace_but_not_the_game():
+    collector = collector_for(env_id="Breakout-v5", num_steps=110, num_eval_envs=0)
+    rollout, finished, _ = collector.collect(1.0)
+    _, _, _, _, terminated, truncated, real = rollout
+    assert terminated.sum() >= 4 and not finished and not truncated.any()
+    assert torch.equal(~real[1:], terminated[:-1])
+    assert collector.lengths.max() < 110  # phantoms are not counted
+    whole = collector_for(env_id="Breakout-v5", num_steps=110, num_eval_envs=0, episodic_life=False)
+    assert not whole.collect(1.0)[0][4].any()
+
+
+def test_the_time_limit_bootstraps_and_ends_the_game():
+    collector = collector_for(max_episode_steps=6, num_steps=14)
+    rollout, finished, finished_eval = collector.collect(1.0)
+    _, _, _, _, terminated, truncated, real = rollout
+    assert not terminated.any()
+    assert torch.equal(truncated.any(1).nonzero().flatten(), torch.tensor([5, 12]))
+    assert torch.equal((~real).any(1).nonzero().flatten(), torch.tensor([6, 13]))
+    assert [length for _, _, length in finished + finished_eval] == [6] * 12
+
+
+def test_a_game_over_on_the_last_step_of_the_time_limit_does_not_bootstrap():
+    def play_to_the_end(**options):
+        envs = atari.make_envs(replace(SMALL, env_id="Breakout-v5", num_envs=1, **options), 1, (3,))
+        envs.reset()
+        step, elapsed, over = envs.step, 0, False
+        while not over:
+            info = step(np.array([1], dtype=np.int32))
+            envs.step = lambda _, result=info: result
+            _, _, terminated, truncated, _, (over,) = atari.step_envs(envs, np.array([1]))
+            elapsed = int(info[4]["elapsed_step"][0])
+        return bool(terminated[0]), bool(truncated[0]), elapsed
+
+    terminated, truncated, length = play_to_the_end()
+    assert terminated and not truncated
+    assert play_to_the_end(max_episode_steps=length) == (True, True, length)
+    assert play_to_the_end(max_episode_steps=length - 1) == (False, True, length - 1)
+
+
+def test_every_atari_option_reaches_envpool(monkeypatch):
+    changed = dict(
+        episodic_life=False,
+        reward_clip=False,
+        repeat_action_probability=0.25,
+        frame_skip=3,
+        stack_num=2,
+        noop_max=7,
+        use_fire_reset=False,
+        full_action_space=True,
+        max_episode_steps=99,
+    )
+    assert all(getattr(atari.Args(), name) != value for name, value in changed.items())
+    envs = atari.make_envs(replace(SMALL, **changed), 2, (0,))
+    config = envs.spec.config
+    assert {name: getattr(config, name) for name in changed} == changed
+    assert envs.action_space.n == 18 and envs.reset()[0].shape == (2, 2, 84, 84)
+
+
+def test_all_games_of_envpool_can_be_named_and_the_score_table_holds_57_of_them():
+    import envpool
+
+    known = set(envpool.list_all_envs())
+    assert len(atari.RANDOM_AND_HUMAN) == 57
+    for game, (random, human) in atari.RANDOM_AND_HUMAN.items():
+        assert f"{game}-v5" in known and random < human
+        atari.check(replace(SMALL, env_id=f"{game}-v5"))
+
+
+# -------------------------------------------------------------------------------------------------- the whole script
+
+
+def run(*command):
+    command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+OPTIONS = "--num-envs 4 --num-steps 16 --num-eval-envs 2 --num-minibatches 4 --max-episode-steps 20 --log-interval 64"
+
+
+@pytest.mark.parametrize("game", ["Pong-v5", "Adventure-v5"])
+def test_a_run_can_be_resumed_played_and_filmed(game):
+    result = run("pqn_atari_envpool.py", "--env-id", game, "--total-timesteps", 256, *OPTIONS.split())
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (folder,) = Path("runs").glob(f"{game}__pqn_atari_envpool__1__*")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 256
+
+    result = run("pqn_atari_envpool.py", "--resume", folder, "--total-timesteps", 384)
+    assert result.returncode == 0, result.stderr
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 384 and checkpoint["args"]["max_episode_steps"] == 20
+    assert checkpoint["optimizer"][0]["step"] == 384 / 64 * 8
+
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("losses/td_loss")] == list(range(64, 385, 64))
+    scores = [e.value for e in events.Scalars("charts/episodic_return")]
+    if game == "Pong-v5":
+        normalised = [e.value for e in events.Scalars("charts/human_normalized_score")]
+        assert normalised == pytest.approx([(score + 20.7) / 35.3 for score in scores], abs=1e-4)
+    else:
+        assert "charts/human_normalized_score" not in events.Tags()["scalars"]
+
+    result = run("play.py", folder, "--episodes", 3, "--video", "game.gif")
+    assert result.returncode == 0, result.stderr
+    import imageio.v2 as imageio
+
+    frames = imageio.mimread("game.gif")
+    assert len(frames) >= 10 and frames[0].shape[:2] == (210, 160)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    weights = []
+    for _ in range(2):
+        before = set(Path("runs").glob("*"))
+        atari.main(SMALL)
+        (folder,) = set(Path("runs").glob("*")) - before
+        weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["network"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("norm_type", ["layer_norm_map", "batch_norm", "none"])
+def test_the_other_norms_run(norm_type):
+    atari.main(replace(SMALL, norm_type=norm_type))
+    (folder,) = Path("runs").glob("*")
+    returns = play.main(play.Args(str(folder), episodes=2, max_steps=3))
+    assert list(returns) == [0, 0]
+
+
+def test_scores_are_counted_over_the_game_when_an_agent_is_played():
+    atari.main(replace(SMALL, env_id="SpaceInvaders-v5"))
+    (folder,) = Path("runs").glob("*")
+    returns = play.main(play.Args(str(folder), episodes=2))
+    assert min(returns) >= 0 and all(score % 5 == 0 for score in returns) and max(returns) > 0
+
+
+BAD_OPTIONS = [
+    ("--env-id Breakout", "Breakout-v5"),
+    ("--env-id CartPole-v1", "no Atari game"),
+    ("--num-minibatches 7", "4096"),
+    ("--num-minibatches 4096 --norm-type batch_norm", "batch norm"),
+    *[
+        (f"--{name} 0", f"--{name}")
+        for name in "num-envs num-steps num-minibatches update-epochs total-timesteps log-interval noop-max "
+        "checkpoint-interval frame-skip stack-num max-episode-steps learning-rate max-grad-norm".split()
+    ],
+    ("--num-eval-envs=-1", "--num-eval-envs"),
+    ("--repeat-action-probability 1.5", "--repeat-action-probability"),
+    ("--gamma nan", "--gamma"),
+    ("--l2-coef inf", "--l2-coef"),
+    ("--total-timesteps 100", "4096"),
+    ("--device nonsense", "--device"),
+    ("--resume nowhere", "no checkpoint"),
+]
+
+
+@pytest.mark.parametrize("options, hint", BAD_OPTIONS)
+def test_bad_options_get_one_line_and_exit_code_2_before_anything_is_written(options, hint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pqn_atari_envpool.py", *options.split()])
+    with pytest.raises(SystemExit) as exit:
+        atari.main(atari.parse_args())
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and hint in message
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_of_another_script_or_network_is_refused(monkeypatch, capsys):
+    atari.main(SMALL)
+    (folder,) = Path("runs").glob("*")
+    for script, options, hint in [
+        ("pqn", [], "pqn_atari_envpool.py"),
+        ("pqn_atari_envpool", ["--stack-num", "1"], "another network"),
+        ("pqn_atari_envpool", ["--env-id", "Breakout-v5"], "is of Pong-v5"),
+    ]:
+        options = ["--resume", str(folder), "--total-timesteps", "640", *options]
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        module = __import__(script)
+        with pytest.raises(SystemExit) as exit:
+            module.main(module.parse_args())
+        message = capsys.readouterr().err
+        assert exit.value.code == 2 and hint in message and message.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def test_on_a_cpu_capturing_changes_nothing():
+    assert atari.capture(max, atari.Args(), CPU) is max
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+def test_a_captured_function_sees_new_inputs():
+    double = atari.capture(lambda x, y: x * 2 + y, atari.Args(), torch.device("cuda"))
+    fixed = torch.ones(3, device="cuda")
+    for i in range(10):
+        fixed.fill_(i)
+        assert torch.equal(double(torch.full((3,), i, device="cuda"), fixed), torch.full((3,), 3 * i, device="cuda"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"norm_type": "batch_norm"}, {"anneal_lr": True}])
+def test_captured_and_uncaptured_runs_agree(options):
+    weights = []
+    for cuda_graph in (True, False):
+        before = set(Path("runs").glob("*"))
+        args = replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, num_minibatches=4, **options)
+        atari.main(args)
+        (folder,) = set(Path("runs").glob("*")) - before
+        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert checkpoint["optimizer"][0]["step"] == 20 * 2 * 4
+        weights.append(torch.cat([w.float().flatten() for w in checkpoint["network"].values()]))
+    assert torch.allclose(*weights, atol=1e-3)
+
+
+@needs_cuda
+def test_the_defaults_need_less_than_2_gib_of_device_memory():
+    torch.cuda.reset_peak_memory_stats()
+    atari.main(atari.Args(env_id="Pong-v5", device="cuda", total_timesteps=8192))
+    assert torch.cuda.max_memory_reserved() < 2 * 2**30
+
+
+def test_every_option_is_described():
+    source = (ROOT / "pqn_atari_envpool.py").read_text()
+    arguments = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Args").body
+    described = sum(isinstance(node, ast.Expr) for node in arguments)
+    assert described == len(fields(atari.Args)) == len(asdict(atari.Args()))
