@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -393,14 +394,12 @@ def capture(function, args: Args, device):
     return replay
 
 
-def why_not_finite(metrics, rewards, values):
-    """What to tell the user when a loss or gradient, or anything before them, is not finite."""
-    if not rewards.isfinite().all():
+def why_not_finite(metrics, rewards):
+    """What to tell the user when a loss or a gradient is not finite."""
+    if not np.isfinite(rewards).all():
         return "the environment returned a reward that is not finite"
-    if not values.isfinite().all():
-        return "the Q-values are not finite: the environment's observations, or too high a --learning-rate"
     name = "gradient" if metrics[0].isfinite() else "loss"
-    return f"the {name} is not finite: lower --learning-rate, or use --norm-type layer_norm"
+    return f"the {name} is not finite: too high a --learning-rate, or an observation that is not finite"
 
 
 def set_learning_rate(optimizer, value):
@@ -450,7 +449,7 @@ def check(args: Args):
         ],
         (not 0 <= args.l2_coef < math.inf, f"--l2-coef must be finite and not negative, not {args.l2_coef}"),
         (args.num_eval_envs < 0, f"--num-eval-envs must not be negative, not {args.num_eval_envs}"),
-        (args.seed < 0, f"--seed must not be negative, not {args.seed}"),
+        (not 0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), not {args.seed}"),
         (
             batch_size % max(args.num_minibatches, 1) > 0,
             f"--num-minibatches {args.num_minibatches} does not divide the {batch_size} steps of a rollout "
@@ -482,6 +481,8 @@ def pick_device(name):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
     except Exception as error:
         fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
@@ -498,12 +499,18 @@ def pick_precision(name, device):
 
 def open_run(args, first_step):
     """The run's folder and its TensorBoard writer."""
-    folder = Path(args.resume)
-    if not args.resume:
-        name = re.sub(r"[^\w.-]", "-", args.env_id)
-        started = int(time.time())
-        while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
+    folder, started = Path(args.resume), int(time.time())
+    try:
+        while not args.resume:
+            Path("runs").mkdir(exist_ok=True)
+            name = re.sub(r"[^\w.-]", "-", args.env_id)
+            folder = Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")
+            if not folder.exists():
+                folder.mkdir()
+                break
             started += 1
+    except OSError as error:
+        fail(f"cannot make a folder for this run: {error}")
     if args.track:
         import wandb
 
@@ -540,7 +547,9 @@ class Progress:
         train, greedy = (f"{np.mean(returns):.1f}" if returns else "-" for returns in (last_returns, eval_returns))
         line = f"{step:,}/{self.total:,} steps, {self.speed(step):,.0f}/s, {left} left, "
         line += f"return {train}, greedy {greedy}, ε {epsilon:.3f}"
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        if self.live:
+            line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+        print(line, end="" if self.live else "\n", flush=True)
 
     def close(self):
         print("\r\033[K" if self.live else "", end="", flush=True)
@@ -691,7 +700,7 @@ def main(args: Args):
                             updates += 1
                 if not metrics.isfinite().all():
                     raise FloatingPointError(
-                        f"step {global_step + batch_size}: {why_not_finite(metrics, rewards, values)}"
+                        f"step {global_step + batch_size}: {why_not_finite(metrics, collector.rewards)}"
                     )
                 global_step += batch_size
 

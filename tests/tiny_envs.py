@@ -25,17 +25,22 @@ class PaysOne(gym.Env):
 
 
 class Offset(gym.Env):
-    """Spaces that do not start at 0; only action 8 pays, and anything but 7, 8 and 9 is an error."""
+    """Spaces that do not start at 0. Of the actions 7, 8 and 9, which one pays depends on the observation."""
 
     observation_space, action_space = gym.spaces.Discrete(4, start=3), gym.spaces.Discrete(3, start=7)
 
+    def show(self):
+        self.shown = int(self.np_random.integers(3, 7))
+        return self.shown
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return int(self.np_random.integers(3, 7)), {}
+        return self.show(), {}
 
     def step(self, action):
         assert self.action_space.contains(action), action
-        return int(self.np_random.integers(3, 7)), float(action == 8), bool(self.np_random.random() < 0.1), False, {}
+        reward = float(action == 7 + self.shown % 3)
+        return self.show(), reward, bool(self.np_random.random() < 0.1), False, {}
 
 
 class BothFlags(gym.Env):

@@ -1,0 +1,826 @@
+"""Recurrent PQN on Atari: an LSTM over single frames, after "Simplifying Deep Temporal Difference Learning" (Gallici et
+al., ICLR 2025), which reports recurrent agents for other environments.
+
+The agent of pqn_atari_envpool.py with memory in place of stacked frames: a minibatch is whole sequences of some
+environments, unrolled from the state they were played with, and Q(λ) returns are computed along them with the network
+as it is at that moment. Equation and algorithm numbers are the paper's.
+
+    python pqn_atari_lstm.py --env-id Breakout-v5
+    python pqn_atari_lstm.py --resume runs/Pong-v5__pqn_atari_lstm__1__1700000000 --total-timesteps 20000000
+    python play.py runs/Pong-v5__pqn_atari_lstm__1__1700000000 --video pong.mp4
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import envpool
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from envpool.atari.registration import atari_game_list
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    env_id: str = "Breakout-v5"
+    """one of EnvPool's 104 Atari games"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the whole run, all environments together"""
+    seed: int = 1
+    """seed of the run; every environment draws its own stream from it"""
+    device: str = "auto"
+    """any torch device; "auto" takes CUDA when present"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic of the network's body; "auto" takes bf16 where the processor computes it natively"""
+    cuda_graph: bool = True
+    """on CUDA, capture acting, targets and gradient step as graphs"""
+    resume: str = ""
+    """go on with the run in this folder; the other options default to those it was started with"""
+
+    num_envs: int = 128
+    """environments stepped in parallel"""
+    num_steps: int = 32
+    """steps in each environment between two rounds of learning"""
+    num_eval_envs: int = 8
+    """further environments that act greedily beside the training ones and are never trained on"""
+    episodic_life: bool = True
+    """a lost life ends the episode for learning (never for the logged returns)"""
+    reward_clip: bool = True
+    """learn from the sign of the rewards (the logged returns are the game's own)"""
+    repeat_action_probability: float = 0.0
+    """chance that a frame repeats the last action instead: sticky actions, 0.25 in the literature"""
+    frame_skip: int = 4
+    """frames that each action is repeated for"""
+    stack_num: int = 1
+    """frames in an observation"""
+    noop_max: int = 30
+    """a game starts with up to this many no-ops"""
+    use_fire_reset: bool = True
+    """press FIRE at the start of a game that waits for it"""
+    full_action_space: bool = False
+    """all 18 actions, not only those with an effect in this game"""
+    max_episode_steps: int = 27_000
+    """steps after which a game is cut short (27,000 × 4 frames are 30 minutes)"""
+
+    learning_rate: float = 2.5e-4
+    """learning rate of RAdam"""
+    anneal_lr: bool = False
+    """let the learning rate fall linearly to 0 over the schedule"""
+    schedule_timesteps: int | None = None
+    """environment steps that both schedules (learning rate, ε) are laid out for; the length of the run if not given"""
+    start_e: float = 1.0
+    """ε of the first rollout"""
+    end_e: float = 0.001
+    """ε at the end of its decay"""
+    exploration_fraction: float = 0.1
+    """share of the schedule over which ε decays linearly"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    q_lambda: float = 0.65
+    """λ of the Q(λ) returns; 0 is one-step Q-learning"""
+    num_minibatches: int = 32
+    """minibatches, each one gradient step, that a rollout is divided into: whole sequences of some environments"""
+    update_epochs: int = 2
+    """passes over each rollout"""
+    max_grad_norm: float = 10.0
+    """the gradient's norm is clipped to this"""
+
+    lstm_size: int = 128
+    """width of the LSTM"""
+    memory_window: int = 0
+    """steps of the previous rollout that are replayed to warm the state up, without loss"""
+    norm_type: Literal["layer_norm", "layer_norm_map", "batch_norm", "none"] = "layer_norm"
+    """normalisation before each ReLU: over the channels at each position, over the whole feature map, over the batch"""
+    l2_coef: float = 0.0
+    """ℓ² regularisation of the output layer's weights: the coefficient of w in Eq. 9"""
+
+    log_interval: int = 4_000
+    """environment steps between two points of the curves (one rollout at least)"""
+    checkpoint_interval: int = 250_000
+    """environment steps between two checkpoints (there is always one at the end)"""
+    track: bool = False
+    """mirror the curves to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "pqn"
+    """the Weights & Biases project"""
+    wandb_entity: str | None = None
+    """the Weights & Biases team"""
+
+
+# Scores of a random player and of a human one (no-op starts, 30 minutes a game) in the 57 games of the literature
+# fmt: off
+RANDOM_AND_HUMAN = {
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "Asteroids": (719.1, 47388.7), "Atlantis": (12850.0, 29028.1), "BankHeist": (14.2, 753.1),
+    "BattleZone": (2360.0, 37187.5), "BeamRider": (363.9, 16926.5), "Berzerk": (123.7, 2630.4),
+    "Bowling": (23.1, 160.7), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5), "Centipede": (2090.9, 12017.0),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "Defender": (2874.5, 18688.9),
+    "DemonAttack": (152.1, 1971.0), "DoubleDunk": (-18.6, -16.4), "Enduro": (0.0, 860.5),
+    "FishingDerby": (-91.7, -38.7), "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5),
+    "Gravitar": (173.0, 3351.4), "Hero": (1027.0, 30826.4), "IceHockey": (-11.2, 0.9), "Jamesbond": (29.0, 302.8),
+    "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
+    "MontezumaRevenge": (0.0, 4753.3), "MsPacman": (307.3, 6951.6), "NameThisGame": (2292.3, 8049.0),
+    "Phoenix": (761.4, 7242.6), "Pitfall": (-229.4, 6463.7), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3),
+    "Qbert": (163.9, 13455.0), "Riverraid": (1338.5, 17118.0), "RoadRunner": (11.5, 7845.0), "Robotank": (2.2, 11.9),
+    "Seaquest": (68.4, 42054.7), "Skiing": (-17098.1, -4336.9), "Solaris": (1236.3, 12326.7),
+    "SpaceInvaders": (148.0, 1668.7), "StarGunner": (664.0, 10250.0), "Surround": (-10.0, 6.5),
+    "Tennis": (-23.8, -8.3), "TimePilot": (3568.0, 5229.2), "Tutankham": (11.4, 167.6), "UpNDown": (533.4, 11693.2),
+    "Venture": (0.0, 1187.5), "VideoPinball": (16256.9, 17667.9), "WizardOfWor": (563.5, 4756.5),
+    "YarsRevenge": (3092.9, 54576.9), "Zaxxon": (32.5, 9173.3),
+}
+# fmt: on
+
+
+# ------------------------------------------------------------------------------------------------ environments
+
+
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
+    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
+    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+    seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=num_envs,
+        seed=seeds,
+        episodic_life=args.episodic_life,
+        reward_clip=args.reward_clip,
+        repeat_action_probability=args.repeat_action_probability,
+        frame_skip=args.frame_skip,
+        stack_num=args.stack_num,
+        noop_max=args.noop_max,
+        use_fire_reset=args.use_fire_reset,
+        full_action_space=args.full_action_space,
+        max_episode_steps=args.max_episode_steps,
+        **({"render_mode": "rgb_array"} if render else {}),
+    )
+
+
+def spaces(envs):
+    """Observation and action space of one environment."""
+    return envs.observation_space, envs.action_space
+
+
+def step_envs(envs, actions):
+    """One step of every environment, in NumPy arrays.
+
+    EnvPool resets on the *next* step: `obs` is the true successor even where an episode ends, and the step after it
+    is a phantom, which ignores its action and only brings the first observation of a new episode (or life).
+    `score` and `over` are the reward and the end of the game as a person would count them. A game that ends on the
+    very step of its time limit is reported as truncated only; `info` knows better.
+    """
+    obs, rewards, terminated, truncated, info = envs.step(actions.astype(np.int32))
+    game_over = info["terminated"].astype(bool)
+    return obs, rewards, terminated | game_over, truncated, info["reward"], game_over | truncated
+
+
+class Collector:
+    """Steps the environments and stores what they do. The training environments come first; those after them act
+    greedily, are counted apart and are not stored.
+
+    What the network sees has W + T + 1 rows: a window of W from the rollout before, this one's T, and the observation
+    after them. A row holds an observation, the action before it, and whether a new episode starts with it.
+    """
+
+    def __init__(self, envs, network, args: Args, device):
+        observation_space, action_space = spaces(envs)
+        T, N, num_envs = args.num_steps, args.num_envs, args.num_envs + args.num_eval_envs
+        self.window = W = min(args.memory_window, T)
+        self.envs, self.device, self.num_actions = envs, device, int(action_space.n)
+        self.act = capture(partial(act, network), args, device)
+        dtype = torch.uint8
+        shape, on_cuda = observation_space.shape, device.type == "cuda"
+        self.host_obs = torch.zeros((num_envs, *shape), dtype=dtype, pin_memory=on_cuda)
+        self.obs = torch.zeros_like(self.host_obs, device=device) if on_cuda else self.host_obs
+        self.last_actions = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self.state = network.lstm.initial_state(num_envs, device)
+        self.stored_obs = torch.zeros((W + T + 1, N, *shape), dtype=dtype, device=device)
+        self.stored_last_actions = torch.zeros((W + T + 1, N), dtype=torch.int64, device=device)
+        self.stored_starts = torch.zeros((W + T + 1, N), dtype=torch.bool, device=device)
+        self.stored_state, self.next_state = (network.lstm.initial_state(N, device) for _ in range(2))
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        # These stay on the host until the rollout is over.
+        self.rewards = np.zeros((T, N), dtype=np.float32)
+        self.terminated, self.truncated, self.phantom = (np.zeros((T, N), dtype=bool) for _ in range(3))
+        self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
+        self.starts = np.ones(num_envs, dtype=bool)  # where the observation at hand is the first of an episode
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
+        self.observe(envs.reset()[0])
+
+    def observe(self, obs):
+        self.host_obs.copy_(torch.from_numpy(obs))
+        self.obs.copy_(self.host_obs, non_blocking=True)  # without effect where they are the same tensor
+
+    def store(self, row, starts):
+        N = self.actions.shape[1]
+        self.stored_obs[row], self.stored_last_actions[row] = self.obs[:N], self.last_actions[:N]
+        self.stored_starts[row] = starts[:N]
+
+    def collect(self, epsilon):
+        """One rollout: its tensors, and the (environment, return, length) of the episodes that ended in it, in the
+        training and in the greedy environments."""
+        (T, N), W = self.rewards.shape, self.window
+        finished, finished_eval = [], []
+        # Drawn on the host, so that every device explores alike
+        explore = (torch.rand(T, N) < epsilon).to(self.device)
+        random_actions = torch.randint(self.num_actions, (T, N)).to(self.device)
+        for stored in (self.stored_obs, self.stored_last_actions, self.stored_starts):
+            stored[:W] = stored[T : T + W].clone()
+        for stored, state in zip(self.stored_state, self.next_state, strict=True):
+            stored.copy_(state)
+        for t in range(T):
+            if t == T - W:
+                self.keep_state(self.next_state)  # from which the next rollout's window is replayed
+            starts = torch.from_numpy(self.starts).to(self.device)
+            self.store(W + t, starts)
+            seen = self.obs, self.last_actions, starts, *self.state
+            actions, self.state = self.act(*seen, explore[t], random_actions[t])
+            self.actions[t] = actions[:N]
+            self.last_actions.copy_(actions)
+            self.phantom[t] = self.ended[:N]
+            obs, rewards, terminated, truncated, score, over = step_envs(self.envs, actions.cpu().numpy())
+            self.observe(obs)
+            self.rewards[t], self.terminated[t], self.truncated[t] = rewards[:N], terminated[:N], truncated[:N]
+            self.returns += score
+            self.lengths += ~self.ended
+            # The observation that ends an episode still sees its memory, for it bootstraps a truncation. The phantom
+            # step after it brings the first observation of the next one, which must not.
+            self.starts, self.ended = self.ended, terminated | truncated
+            for i in np.flatnonzero(over):
+                (finished if i < N else finished_eval).append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i] = self.lengths[i] = 0
+        self.store(W + T, torch.from_numpy(self.starts).to(self.device))
+        if W == 0:
+            self.keep_state(self.next_state)
+        on_host = self.rewards, self.terminated, self.truncated, ~self.phantom
+        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
+        hidden, cell = (x.unsqueeze(0) for x in self.stored_state)  # in data, environments are the second dimension
+        rows = self.stored_obs, self.stored_last_actions, self.stored_starts, hidden, cell
+        return (*rows, self.actions, rewards, terminated, truncated, real), finished, finished_eval
+
+    def keep_state(self, kept):
+        for target, source in zip(kept, self.state, strict=True):
+            target.copy_(source[: len(target)])
+
+
+@torch.no_grad()
+def act(network, obs, last_actions, starts, hidden, cell, explore, random_actions):
+    """ε-greedy actions of the training environments, greedy ones of the others; the state after this observation."""
+    q_values, state = network(obs[None], last_actions[None], starts[None], (hidden, cell))
+    actions = q_values[0].argmax(1)
+    N = len(explore)
+    actions[:N] = torch.where(explore, random_actions, actions[:N])
+    return actions, state
+
+
+# ----------------------------------------------------------------------------------------------------- network
+
+
+class QNetwork(nn.Module):
+    """The Nature CNN; layer → norm → ReLU everywhere but at the output (Eq. 5). Its features and the one-hot last
+    action enter an LSTM, whose output a linear layer turns into one value per action."""
+
+    def __init__(self, observation_space, action_space, args: Args):
+        super().__init__()
+        self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        self.num_actions = int(action_space.n)
+        self.body = nn.Sequential(
+            initialise(nn.Conv2d(observation_space.shape[0], 32, kernel_size=8, stride=4), scale=2),
+            norm_layer(args.norm_type, 32, 20, 20),
+            nn.ReLU(),
+            initialise(nn.Conv2d(32, 64, kernel_size=4, stride=2), scale=2),
+            norm_layer(args.norm_type, 64, 9, 9),
+            nn.ReLU(),
+            initialise(nn.Conv2d(64, 64, kernel_size=3, stride=1), scale=2),
+            norm_layer(args.norm_type, 64, 7, 7),
+            nn.ReLU(),
+            nn.Flatten(),
+            initialise(nn.Linear(64 * 7 * 7, 512), scale=2),
+            norm_layer(args.norm_type, 512),
+            nn.ReLU(),
+        )
+        self.lstm = LSTM(512 + self.num_actions, args.lstm_size)
+        self.head = initialise(nn.Linear(args.lstm_size, self.num_actions), scale=1)
+
+    def forward(self, obs, last_actions, starts, state):
+        """Q-values (L, B, A) along L steps of B environments, and the state after them."""
+        L, B = starts.shape
+        # uint8 up to here; channels last is the layout in which convolutions and the norms over channels are fastest
+        with torch.autocast(obs.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
+            features = self.body(obs.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last) / 255)
+        actions = F.one_hot(last_actions, self.num_actions) * ~starts.unsqueeze(2)
+        outputs, state = self.lstm(torch.cat([features.float().view(L, B, -1), actions], dim=2), starts, state)
+        return self.head(outputs), state
+
+
+class LSTM(nn.Module):
+    """An LSTM whose state is zeroed where an episode starts, which PyTorch's own cannot do within a sequence. What
+    does not depend on the state is one matrix product for all steps."""
+
+    def __init__(self, inputs, size):
+        super().__init__()
+        self.size = size
+        self.input = initialise(nn.Linear(inputs, 4 * size), scale=1)
+        self.recurrent = nn.Parameter(
+            torch.cat([nn.init.orthogonal_(torch.empty(size, size)) for _ in range(4)], dim=1)
+        )
+
+    def initial_state(self, num_envs, device):
+        return torch.zeros(num_envs, self.size, device=device), torch.zeros(num_envs, self.size, device=device)
+
+    def forward(self, inputs, starts, state):
+        hidden, cell = state
+        goes_on, outputs = (~starts).unsqueeze(2).float(), []
+        for gates, keep in zip(self.input(inputs).unbind(), goes_on.unbind(), strict=True):
+            hidden, cell = hidden * keep, cell * keep
+            gates = torch.addmm(gates, hidden, self.recurrent)
+            write, forget, read = gates[:, : 3 * self.size].sigmoid().chunk(3, dim=1)
+            cell = forget * cell + write * gates[:, 3 * self.size :].tanh()
+            hidden = read * cell.tanh()
+            outputs.append(hidden)
+        return torch.stack(outputs), (hidden, cell)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels, at each position by itself: what Flax's LayerNorm does, on (N, H, W, C)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def norm_layer(norm_type, channels, *positions):
+    if norm_type == "layer_norm":  # Eq. 6, its 1/√k aside; learned scale and shift
+        return (ChannelLayerNorm if positions else nn.LayerNorm)(channels, eps=1e-6)
+    if norm_type == "layer_norm_map":  # what PyTorch ports of PQN do
+        return nn.LayerNorm((channels, *positions), eps=1e-6)
+    if norm_type == "batch_norm":  # Flax keeps 0.99 of the running statistics at each step: PyTorch's momentum 0.01
+        return (nn.BatchNorm2d if positions else nn.BatchNorm1d)(channels, momentum=0.01)
+    return nn.Identity()
+
+
+def initialise(layer, scale):
+    """Weights as Flax draws them: He-normal for scale 2, LeCun-normal for 1, cut off at 2σ; no bias at first."""
+    std = math.sqrt(scale / layer.weight[0].numel()) / 0.87962566103423978  # the σ of what the cut leaves of N(0, 1)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------- Q(λ) and learning
+
+
+def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lambda: float):
+    """λ-returns (Algorithm 1, line 10), backwards in time from R_T = max_a Q(s_T, a):
+
+        R_t = r_t                                                  where the episode terminates at s_{t+1},
+        R_t = r_t + γ max_a Q(s_{t+1}, a)                          where it is cut short there,
+        R_t = r_t + γ [λ R_{t+1} + (1 − λ) max_a Q(s_{t+1}, a)]    everywhere else.
+
+    rewards, terminated, truncated: (T, N); values: (T + 1, N), max_a Q(s_t, a). The step after the end of an episode
+    is a phantom: its target means nothing and is never used, and no trace leads from it to a real step.
+    """
+    trace = gamma * q_lambda * ~(terminated | truncated)
+    # R_t = base_t + trace_t R_{t+1}: all but the recursion in one go
+    base = rewards + (gamma * ~terminated - trace) * values[1:]
+    targets = torch.empty_like(rewards)
+    future = values[-1]
+    for t in reversed(range(len(rewards))):
+        future = torch.addcmul(base[t], trace[t], future, out=targets[t])
+    return targets
+
+
+def td_loss(
+    network, args: Args, obs, last_actions, starts, hidden, cell, actions, rewards, terminated, truncated, real
+):
+    """½ mean (R − Q(s, a))² over the real transitions of some sequences (Algorithm 1, line 14), with the λ-returns of
+    the same Q-values; their mean Q(s, a)."""
+    window, state = len(obs) - len(actions) - 1, (hidden[0], cell[0])
+    if window:
+        with torch.no_grad():
+            _, state = network(obs[:window], last_actions[:window], starts[:window], state)
+    all_values, _ = network(obs[window:], last_actions[window:], starts[window:], state)
+    next_values = all_values.detach().amax(2)
+    targets = q_lambda_targets(rewards, next_values, terminated, truncated, args.gamma, args.q_lambda)
+    q_values = all_values[:-1].gather(2, actions.unsqueeze(2)).squeeze(2)
+    errors = torch.where(real, targets - q_values, 0.0)
+    loss = 0.5 * errors.square().sum() / real.sum()
+    if args.l2_coef:  # its gradient is the coefficient times w, the last layer's part of Eq. 9
+        loss = loss + 0.5 * args.l2_coef * network.head.weight.square().sum()
+    return loss, torch.where(real, q_values, 0.0).sum() / real.sum()
+
+
+def flatten_parameters(network):
+    """Moves all parameters into one tensor and their gradients into another, of which the network sees views:
+    clipping and RAdam then take a handful of operations, not a handful per layer."""
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for p in network.parameters():
+        part = slice(start, start + p.numel())
+        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
+        start += p.numel()
+    return flat
+
+
+def train_step(network, parameters, optimizer, args: Args, index, *data):
+    """One gradient step on the sequences of the environments `index` of a rollout; the loss, the mean Q-value and the
+    norm of the gradient."""
+    loss, q_value = td_loss(network, args, *(x[:, index] for x in data))
+    parameters.grad.zero_()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
+    optimizer.step()
+    return torch.stack([loss.detach(), q_value.detach(), grad_norm])
+
+
+def capture(function, args: Args, device):
+    """On CUDA, `function` of tensors as a CUDA graph, which replays all of its kernels with a single launch; elsewhere
+    `function` itself. The first calls run as they are, which warms everything up; the next one is recorded."""
+    if device.type != "cuda" or not args.cuda_graph:
+        return function
+    calls, stream, graph, inputs, outputs = 0, torch.cuda.Stream(device), None, None, None
+
+    def replay(*tensors):
+        nonlocal calls, graph, inputs, outputs
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                outputs = function(*tensors)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return outputs
+        if graph is None:
+            graph, inputs = torch.cuda.CUDAGraph(), tensors
+            with torch.cuda.graph(graph):
+                outputs = function(*inputs)
+        for recorded, tensor in zip(inputs, tensors, strict=True):  # a graph reads and writes where it always did
+            if recorded.data_ptr() != tensor.data_ptr():
+                recorded.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def why_not_finite(metrics, rewards):
+    """What to tell the user when a loss or a gradient is not finite."""
+    if not np.isfinite(rewards).all():
+        return "the environment returned a reward that is not finite"
+    name = "gradient" if metrics[0].isfinite() else "loss"
+    return f"the {name} is not finite: too high a --learning-rate, or an observation that is not finite"
+
+
+def set_learning_rate(optimizer, value):
+    group = optimizer.param_groups[0]
+    if torch.is_tensor(group["lr"]):
+        group["lr"].fill_(value)  # where a CUDA graph finds it
+    else:
+        group["lr"] = value
+
+
+def linear_schedule(start, end, step, duration):
+    return start + (end - start) * min(1.0, step / duration) if duration else end
+
+
+# ------------------------------------------------------------------------------- errors, progress and checkpoints
+
+
+def fail(message):
+    """Ends the program for a reason that the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args: Args):
+    """Every reason to refuse a run."""
+    given = {name: (f"--{name.replace('_', '-')}", value) for name, value in asdict(args).items()}
+    counts = "total_timesteps num_envs num_steps num_minibatches update_epochs log_interval checkpoint_interval".split()
+    counts += "frame_skip stack_num noop_max max_episode_steps lstm_size".split()
+    shares = "gamma q_lambda start_e end_e exploration_fraction repeat_action_probability".split()
+    rates = "learning_rate max_grad_norm".split()
+    batch_size = args.num_envs * args.num_steps
+    games = ["".join(word.capitalize() for word in game.split("_")) + "-v5" for game in atari_game_list]
+    close = difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.5)
+    checks = [
+        (
+            args.env_id not in games,
+            f"{args.env_id!r} is no Atari game of EnvPool" + (f", did you mean {' or '.join(close)}?" if close else ""),
+        ),
+        *[(value < 1, f"{option} must be at least 1, not {value}") for option, value in map(given.get, counts)],
+        *[
+            (not 0 <= value <= 1, f"{option} must lie in [0, 1], not {value}")
+            for option, value in map(given.get, shares)
+        ],
+        *[
+            (not 0 < value < math.inf, f"{option} must be positive and finite, not {value}")
+            for option, value in map(given.get, rates)
+        ],
+        (not 0 <= args.l2_coef < math.inf, f"--l2-coef must be finite and not negative, not {args.l2_coef}"),
+        (args.num_eval_envs < 0, f"--num-eval-envs must not be negative, not {args.num_eval_envs}"),
+        (not 0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), not {args.seed}"),
+        (
+            args.num_envs % max(args.num_minibatches, 1) > 0,
+            f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs}: "
+            "a minibatch is whole sequences of some environments",
+        ),
+        (
+            not 0 <= args.memory_window <= args.num_steps,
+            f"--memory-window must lie between 0 and --num-steps {args.num_steps}, not {args.memory_window}",
+        ),
+        (
+            args.total_timesteps < batch_size,
+            f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size} steps",
+        ),
+        (
+            args.schedule_timesteps is not None and args.schedule_timesteps < 1,
+            f"--schedule-timesteps must be at least 1, not {args.schedule_timesteps}",
+        ),
+        (
+            args.track and importlib.util.find_spec("wandb") is None,
+            "--track needs Weights & Biases: pip install wandb",
+        ),
+    ]
+    for wrong, message in checks:
+        if wrong:
+            fail(message)
+
+
+def pick_device(name):
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+    except Exception as error:
+        fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+
+
+def pick_precision(name, device):
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        native = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def open_run(args, first_step):
+    """The run's folder and its TensorBoard writer."""
+    folder, started = Path(args.resume), int(time.time())
+    try:
+        while not args.resume:
+            Path("runs").mkdir(exist_ok=True)
+            name = re.sub(r"[^\w.-]", "-", args.env_id)
+            folder = Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")
+            if not folder.exists():
+                folder.mkdir()
+                break
+            started += 1
+    except OSError as error:
+        fail(f"cannot make a folder for this run: {error}")
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=folder.resolve().name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            resume="allow",
+        )
+    # Points that a killed run wrote after its last checkpoint are dropped.
+    writer = SummaryWriter(folder, purge_step=first_step + 1 if args.resume else None)
+    rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", first_step)
+    return folder, writer
+
+
+class Progress:
+    """One live line on a terminal, a plain line every ten seconds in a pipe."""
+
+    def __init__(self, args, first_step):
+        self.total, self.first_step, self.live = args.total_timesteps, first_step, sys.stdout.isatty()
+        self.started = self.shown = time.time()
+
+    def speed(self, step):
+        return (step - self.first_step) / (time.time() - self.started)
+
+    def show(self, step, last_returns, eval_returns, epsilon):
+        if time.time() - self.shown < (0.2 if self.live else 10):
+            return
+        self.shown = time.time()
+        left = timedelta(seconds=int((self.total - step) / self.speed(step)))
+        train, greedy = (f"{np.mean(returns):.1f}" if returns else "-" for returns in (last_returns, eval_returns))
+        line = f"{step:,}/{self.total:,} steps, {self.speed(step):,.0f}/s, {left} left, "
+        line += f"return {train}, greedy {greedy}, ε {epsilon:.3f}"
+        if self.live:
+            line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+        print(line, end="" if self.live else "\n", flush=True)
+
+    def close(self):
+        print("\r\033[K" if self.live else "", end="", flush=True)
+
+
+def save_checkpoint(folder, checkpoint):
+    """Written beside the old one and then put in its place, so that there is a whole one at any time."""
+    unfinished = folder / "checkpoint.pt.tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / "checkpoint.pt")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder, script=Path(__file__).stem):
+    path = Path(folder, "checkpoint.pt")
+    if not path.is_file():
+        fail(f"there is no checkpoint in {folder}: name a run's folder, runs/...")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
+        made_by = checkpoint["script"]
+    except Exception:
+        fail(f"{path} is broken, or no checkpoint of this project")
+    if made_by != script:
+        fail(f"{path} was made by {made_by}.py, not by {script}.py")
+    return checkpoint
+
+
+def parse_args():
+    """The command line. With --resume, what it does not say is as in the run that goes on."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    saved = load_checkpoint(args.resume)["args"]
+    try:
+        args = tyro.cli(Args, default=Args(**saved))
+    except TypeError:
+        fail(f"the checkpoint in {args.resume} was made by another version of this script")
+    if args.env_id != saved["env_id"]:
+        fail(f"the checkpoint in {args.resume} is of {saved['env_id']}, not of {args.env_id}")
+    return args
+
+
+@contextmanager
+def stop_on_signal():
+    """A list that the first Ctrl-C or SIGTERM enters, so that the run ends in order. A second one ends it at once."""
+    signals = []
+
+    def note(signum, _):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args):
+    # Set up: nothing is written before everything has been checked
+    check(args)
+    device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
+    args.schedule_timesteps = args.schedule_timesteps or args.total_timesteps  # saved, so that a resumed run keeps it
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    global_step = first_step = checkpoint["step"] if checkpoint else 0
+    batch_size = args.num_envs * args.num_steps
+    minibatch_size = args.num_envs // args.num_minibatches
+    if first_step + batch_size > args.total_timesteps:
+        fail(f"{args.resume} has done {first_step} steps already: ask for more with --total-timesteps")
+    envs = make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, first_step))  # fresh seeds after --resume
+    torch.manual_seed(args.seed)
+    network = QNetwork(*spaces(envs), args)
+    if checkpoint:
+        try:
+            network.load_state_dict(checkpoint["network"])
+        except RuntimeError:
+            fail(f"the checkpoint in {args.resume} is of another network or another environment")
+    network.to(device)
+    parameters = flatten_parameters(network)
+    on_cuda = device.type == "cuda"
+    learning_rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.RAdam([parameters], lr=learning_rate, foreach=True, capturable=on_cuda)
+    train = capture(partial(train_step, network, parameters, optimizer, args), args, device)
+    collector = Collector(envs, network, args, device)
+    last_returns, eval_returns = deque(maxlen=100), deque(maxlen=100)
+    if checkpoint:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        torch.set_rng_state(checkpoint["rng_state"])
+        last_returns.extend(checkpoint["last_returns"])
+        eval_returns.extend(checkpoint["eval_returns"])
+    folder, writer = open_run(args, first_step)
+    progress = Progress(args, first_step)
+
+    def save():
+        state = {"script": Path(__file__).stem, "args": asdict(args), "step": global_step}
+        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        state |= {"rng_state": torch.get_rng_state()}
+        state |= {"last_returns": list(last_returns), "eval_returns": list(eval_returns)}
+        save_checkpoint(folder, state)
+        writer.flush()
+
+    metrics, updates, episodes, eval_episodes = torch.zeros(3, device=device), 0, [], []  # since the last point
+    try:
+        with stop_on_signal() as stopped:
+            print(
+                f"{folder}: {args.env_id} on {device} in {args.precision}, {parameters.numel():,} parameters",
+                flush=True,
+            )
+            if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
+                print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
+            while global_step + batch_size <= args.total_timesteps and not stopped:
+                # Collect
+                decay_steps = args.exploration_fraction * args.schedule_timesteps
+                epsilon = linear_schedule(args.start_e, args.end_e, global_step, decay_steps)
+                network.eval()
+                rollout, finished, finished_eval = collector.collect(epsilon)
+                episodes, eval_episodes = episodes + finished, eval_episodes + finished_eval
+
+                # Compute targets and learn
+                network.train()
+                real_on_host = torch.as_tensor(~collector.phantom)
+                for epoch in range(args.update_epochs):
+                    permutation = torch.randperm(args.num_envs)
+                    for i, index in enumerate(permutation.to(device).split(minibatch_size)):
+                        if args.anneal_lr:
+                            done = global_step + batch_size * (epoch + i / args.num_minibatches) / args.update_epochs
+                            set_learning_rate(
+                                optimizer, linear_schedule(args.learning_rate, 0.0, done, args.schedule_timesteps)
+                            )
+                        if real_on_host[:, permutation[i * minibatch_size : (i + 1) * minibatch_size]].any():
+                            metrics += train(index, *rollout)
+                            updates += 1
+                if not metrics.isfinite().all():
+                    raise FloatingPointError(
+                        f"step {global_step + batch_size}: {why_not_finite(metrics, collector.rewards)}"
+                    )
+                global_step += batch_size
+
+                # Log
+                last_returns.extend(episode_return for _, episode_return, _ in finished)
+                eval_returns.extend(episode_return for _, episode_return, _ in finished_eval)
+                if global_step % args.log_interval < batch_size or global_step + batch_size > args.total_timesteps:
+                    points = {"charts/SPS": progress.speed(global_step), "charts/epsilon": epsilon}
+                    points["charts/learning_rate"] = float(optimizer.param_groups[0]["lr"])
+                    if updates:
+                        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+                        points |= zip(names, (metrics / updates).tolist(), strict=True)
+                    for group, ended in (("charts", episodes), ("eval", eval_episodes)):
+                        if ended:
+                            _, mean_return, mean_length = np.mean(ended, axis=0)
+                            points |= {f"{group}/episodic_return": mean_return, f"{group}/episodic_length": mean_length}
+                            if (game := args.env_id.removesuffix("-v5")) in RANDOM_AND_HUMAN:
+                                random, human = RANDOM_AND_HUMAN[game]
+                                points[f"{group}/human_normalized_score"] = (mean_return - random) / (human - random)
+                    for name, value in points.items():
+                        writer.add_scalar(name, value, global_step)
+                    metrics.zero_()
+                    updates, episodes, eval_episodes = 0, [], []
+                progress.show(global_step, last_returns, eval_returns, epsilon)
+
+                # Checkpoint
+                if global_step % args.checkpoint_interval < batch_size:
+                    save()
+            save()
+        writer.close()
+    except (FloatingPointError, OSError) as error:
+        progress.close()
+        print(f"error: {error}; --resume {folder} goes on from the last checkpoint there", file=sys.stderr)
+        raise SystemExit(1) from None
+    progress.close()
+    mean = lambda returns: f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "none ended"
+    print(f"{'stopped' if stopped else 'done'} at step {global_step:,}, {progress.speed(global_step):,.0f} steps/s")
+    print(f"return of the last {len(last_returns)} episodes {mean(last_returns)}, greedy {mean(eval_returns)}")
+    print(f"{'go on with --resume' if stopped else 'evaluate and watch with python play.py'} {folder}", flush=True)
+    if stopped:
+        raise SystemExit(128 + stopped[0])
+
+
+if __name__ == "__main__":
+    main(parse_args())
