@@ -57,9 +57,9 @@ def picture(envs, obs):
     try:
         frame = np.asarray(envs.render())
         frame = frame[0] if frame.ndim == 4 else frame
-    except RuntimeError as error:
+    except Exception as error:
         if obs.ndim != 3:
-            fail(f"no video: {error}")
+            fail(f"no video: {' '.join(str(error).split())}")
         scaled = (obs[0] - obs[0].min()) / max(np.ptp(obs[0]), 1e-8) * 255
         frame = np.kron(scaled, np.ones((32, 32)))[..., None].repeat(3, axis=2).astype(np.uint8)
     return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]  # video codecs want even sides

@@ -399,7 +399,7 @@ def test_stopped_by_sigterm_and_resumed_a_run_ends_where_it_would_have():
     command = [sys.executable, str(ROOT / "pqn.py"), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = process.stdout.readline().split(":")[0]
-    while not Path(folder, "checkpoint.pt").exists():
+    while process.poll() is None and not Path(folder, "checkpoint.pt").exists():
         pass
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The paper's Fig. 6e in small: the number of environments at the same number of steps. A rollout has 2,048 steps
+# throughout, so that gradient steps and minibatches stay the same too; what shrinks is its length, and with it the
+# reach of the λ-returns.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+export SEEDS=${SEEDS:-1-5}
+
+for task in "CartPole-v1 --total-timesteps 500000" "Acrobot-v1 --total-timesteps 500000"; do
+  for envs in 2 8 32 128 512; do
+    echo "envs_$envs: python pqn.py --env-id $task --num-envs $envs --num-steps $((2048 / envs))"
+  done
+done | python benchmark/launch.py ablation_envs "$@"
