@@ -5,6 +5,7 @@ python play.py runs/Breakout-v5__pqn_atari_envpool__1__1700000000 --episodes 30 
 """
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,13 +42,13 @@ def fail(message):
 def load_script(folder):
     """The script that made the checkpoint: it knows the environment, the network and how the agent acts."""
     path = Path(folder, "checkpoint.pt")
-    if not path.is_file():
-        fail(f"there is no checkpoint in {folder}: name a run's folder, runs/...")
+    if not os.path.isfile(path):
+        fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
-        name = torch.load(path, map_location="cpu", weights_only=True)["script"]
+        name = str(torch.load(path, map_location="cpu", weights_only=True)["script"])
     except Exception:
         fail(f"{path} is broken, or no checkpoint of this project")
-    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").is_file():
+    if not name.startswith("pqn") or not Path(__file__).with_name(f"{name}.py").is_file():
         fail(f"{path} was made by {name}.py, which is not beside play.py")
     return importlib.import_module(name)
 
@@ -65,49 +66,65 @@ def picture(envs, obs):
     return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]  # video codecs want even sides
 
 
+def open_video(args):
+    import imageio.v2 as imageio
+
+    options = {"loop": 0, "duration": 1000 / args.fps} if args.video.endswith(".gif") else {"fps": args.fps}
+    if args.video.endswith(".mp4"):
+        options["macro_block_size"] = 2
+    try:
+        return imageio.get_writer(args.video, **options)
+    except (OSError, ValueError) as error:
+        fail(f"cannot write --video {args.video}: {error}")
+
+
 def main(args: Args):
     for wrong, message in [
         (args.episodes < 1, f"--episodes must be at least 1, not {args.episodes}"),
         (args.max_steps < 1, f"--max-steps must be at least 1, not {args.max_steps}"),
         (args.seed < 0, f"--seed must not be negative, not {args.seed}"),
         (args.fps < 1, f"--fps must be at least 1, not {args.fps}"),
-        (args.video and not args.video.endswith((".mp4", ".gif")), f"--video {args.video} must end in .mp4 or .gif"),
-        (args.video and not Path(args.video).parent.is_dir(), f"the folder of --video {args.video} does not exist"),
+        (
+            args.video and Path(args.video).suffix not in (".mp4", ".gif"),
+            f"--video {args.video} must be a file ending in .mp4 or .gif",
+        ),
+        (
+            args.video and not os.access(Path(args.video).parent, os.W_OK) or Path(args.video).is_dir() and args.video,
+            f"--video {args.video} cannot be written there",
+        ),
     ]:
         if wrong:
             fail(message)
     script = load_script(args.run_folder)
     checkpoint = script.load_checkpoint(args.run_folder)
     device = script.pick_device(args.device)
-    trained = script.Args(**checkpoint["args"])
-    # The environments that act greedily in training do so here, without any to train on.
-    played = replace(trained, num_envs=0, num_eval_envs=args.episodes, num_steps=1)
-    envs = script.make_envs(played, args.episodes, (args.seed, 2**32), render=bool(args.video))
-    network = script.QNetwork(*script.spaces(envs), played)
-    network.load_state_dict(checkpoint["network"])
+    try:
+        trained = script.Args(**checkpoint["args"])
+        # The environments that act greedily in training do so here, without any to train on.
+        played = replace(trained, num_envs=0, num_eval_envs=args.episodes, num_steps=1)
+        envs = script.make_envs(played, args.episodes, (args.seed, 2**32), render=bool(args.video))
+        network = script.QNetwork(*script.spaces(envs), played)
+        network.load_state_dict(checkpoint["network"])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        fail(f"the checkpoint in {args.run_folder} does not fit {script.__name__}.py: {str(error).splitlines()[0]}")
     network.to(device).eval()
     collector = script.Collector(envs, network, played, device)
 
-    returns, lengths, frames = np.full(args.episodes, np.nan), np.zeros(args.episodes), []
+    returns, lengths, frames = np.full(args.episodes, np.nan), np.zeros(args.episodes), 0
+    film = open_video(args) if args.video else None
     for _ in range(args.max_steps):
-        if args.video and np.isnan(returns[0]):
-            frames.append(picture(envs, collector.obs.cpu().numpy()))
+        if film and np.isnan(returns[0]):
+            film.append_data(picture(envs, collector.obs.cpu().numpy()))
+            frames += 1
         for i, episode_return, length in collector.collect(epsilon=0.0)[-1]:
             if np.isnan(returns[i]):  # only its first episode: quick ones do not count more often
                 returns[i], lengths[i] = episode_return, length
         if not np.isnan(returns).any():
             break
     cut = np.isnan(returns)
-    returns[cut], lengths[cut] = collector.returns[cut], args.max_steps
-    if args.video:
-        import imageio.v2 as imageio
-
-        with_options = (
-            {"loop": 0, "duration": 1000 / args.fps}
-            if args.video.endswith(".gif")
-            else {"fps": args.fps, "macro_block_size": 2}
-        )
-        imageio.mimsave(args.video, frames, **with_options)
+    returns[cut], lengths[cut] = collector.returns[cut], collector.lengths[cut]
+    if film:
+        film.close()
 
     summary = lambda x: f"{np.mean(x):.1f} ± {np.std(x):.1f} (min {np.min(x):.1f}, max {np.max(x):.1f})"
     print(f"{trained.env_id}, step {checkpoint['step']:,}, {args.episodes} greedy episodes")
@@ -116,7 +133,7 @@ def main(args: Args):
     if checkpoint["last_returns"]:
         print(f"  training {summary(checkpoint['last_returns'])}, the last {len(checkpoint['last_returns'])} episodes")
     if args.video:
-        print(f"  video    {args.video}, {len(frames)} frames, return {returns[0]:.1f}")
+        print(f"  video    {args.video}, {frames} frames, return {returns[0]:.1f}")
     return returns
 
 

@@ -10,8 +10,10 @@ as it is at that moment. Equation and algorithm numbers are the paper's.
     python play.py runs/Pong-v5__pqn_atari_lstm__1__1700000000 --video pong.mp4
 """
 
+import ctypes
 import difflib
 import importlib.util
+import io
 import math
 import os
 import re
@@ -48,10 +50,10 @@ class Args:
     device: str = "auto"
     """any torch device; "auto" takes CUDA when present"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the network's body; "auto" takes bf16 where the processor computes it natively"""
+    """arithmetic of the network's body; "auto" is bf16 where that is native. On CUDA, fp32 has TF32 convolutions"""
     cuda_graph: bool = True
     """on CUDA, capture acting, targets and gradient step as graphs"""
-    resume: str = ""
+    resume: str | None = None
     """go on with the run in this folder; the other options default to those it was started with"""
 
     num_envs: int = 128
@@ -154,22 +156,25 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
     """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
     copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    return envpool.make(
-        args.env_id,
-        env_type="gymnasium",
-        num_envs=num_envs,
-        seed=seeds,
-        episodic_life=args.episodic_life,
-        reward_clip=args.reward_clip,
-        repeat_action_probability=args.repeat_action_probability,
-        frame_skip=args.frame_skip,
-        stack_num=args.stack_num,
-        noop_max=args.noop_max,
-        use_fire_reset=args.use_fire_reset,
-        full_action_space=args.full_action_space,
-        max_episode_steps=args.max_episode_steps,
-        **({"render_mode": "rgb_array"} if render else {}),
-    )
+    try:
+        return envpool.make(
+            args.env_id,
+            env_type="gymnasium",
+            num_envs=num_envs,
+            seed=seeds,
+            episodic_life=args.episodic_life,
+            reward_clip=args.reward_clip,
+            repeat_action_probability=args.repeat_action_probability,
+            frame_skip=args.frame_skip,
+            stack_num=args.stack_num,
+            noop_max=args.noop_max,
+            use_fire_reset=args.use_fire_reset,
+            full_action_space=args.full_action_space,
+            max_episode_steps=args.max_episode_steps,
+            **({"render_mode": "rgb_array"} if render else {}),
+        )
+    except Exception as error:
+        fail(f"cannot make {args.env_id}: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 def spaces(envs):
@@ -183,7 +188,7 @@ def step_envs(envs, actions):
     EnvPool resets on the *next* step: `obs` is the true successor even where an episode ends, and the step after it
     is a phantom, which ignores its action and only brings the first observation of a new episode (or life).
     `score` and `over` are the reward and the end of the game as a person would count them. A game that ends on the
-    very step of its time limit is reported as truncated only; `info` knows better.
+    very step of its time limit is reported as truncated only; `info` knows better. (Of a life lost there it does not.)
     """
     obs, rewards, terminated, truncated, info = envs.step(actions.astype(np.int32))
     game_over = info["terminated"].astype(bool)
@@ -207,7 +212,7 @@ class Collector:
         dtype = torch.uint8
         shape, on_cuda = observation_space.shape, device.type == "cuda"
         self.host_obs = torch.zeros((num_envs, *shape), dtype=dtype, pin_memory=on_cuda)
-        self.obs = torch.zeros_like(self.host_obs, device=device) if on_cuda else self.host_obs
+        self.obs = self.host_obs.to(device)  # the same tensor on a CPU
         self.last_actions = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.state = network.lstm.initial_state(num_envs, device)
         self.stored_obs = torch.zeros((W + T + 1, N, *shape), dtype=dtype, device=device)
@@ -225,7 +230,7 @@ class Collector:
 
     def observe(self, obs):
         self.host_obs.copy_(torch.from_numpy(obs))
-        self.obs.copy_(self.host_obs, non_blocking=True)  # without effect where they are the same tensor
+        self.obs.copy_(self.host_obs, non_blocking=True)
 
     def store(self, row, starts):
         N = self.actions.shape[1]
@@ -323,7 +328,8 @@ class QNetwork(nn.Module):
         L, B = starts.shape
         # uint8 up to here; channels last is the layout in which convolutions and the norms over channels are fastest
         with torch.autocast(obs.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            features = self.body(obs.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last) / 255)
+            scaled = obs.flatten(0, 1).to(self.dtype) / 255
+            features = self.body(scaled.contiguous(memory_format=torch.channels_last))
         actions = F.one_hot(last_actions, self.num_actions) * ~starts.unsqueeze(2)
         outputs, state = self.lstm(torch.cat([features.float().view(L, B, -1), actions], dim=2), starts, state)
         return self.head(outputs), state
@@ -419,10 +425,11 @@ def td_loss(
     targets = q_lambda_targets(rewards, next_values, terminated, truncated, args.gamma, args.q_lambda)
     q_values = all_values[:-1].gather(2, actions.unsqueeze(2)).squeeze(2)
     errors = torch.where(real, targets - q_values, 0.0)
-    loss = 0.5 * errors.square().sum() / real.sum()
+    count = real.sum()
+    loss = 0.5 * errors.square().sum() / count
     if args.l2_coef:  # its gradient is the coefficient times w, the last layer's part of Eq. 9
         loss = loss + 0.5 * args.l2_coef * network.head.weight.square().sum()
-    return loss, torch.where(real, q_values, 0.0).sum() / real.sum()
+    return loss, torch.where(real, q_values.detach(), 0.0).sum() / count
 
 
 def flatten_parameters(network):
@@ -446,7 +453,7 @@ def train_step(network, parameters, optimizer, args: Args, index, *data):
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
     optimizer.step()
-    return torch.stack([loss.detach(), q_value.detach(), grad_norm])
+    return torch.stack([loss.detach(), q_value, grad_norm])
 
 
 def capture(function, args: Args, device):
@@ -482,8 +489,8 @@ def why_not_finite(metrics, rewards):
     """What to tell the user when a loss or a gradient is not finite."""
     if not np.isfinite(rewards).all():
         return "the environment returned a reward that is not finite"
-    name = "gradient" if metrics[0].isfinite() else "loss"
-    return f"the {name} is not finite: too high a --learning-rate, or an observation that is not finite"
+    name = "a weight" if metrics.isfinite().all() else "a gradient" if metrics[0].isfinite() else "the loss"
+    return f"{name} is not finite: rewards or --learning-rate too high, or an observation that is not finite"
 
 
 def set_learning_rate(optimizer, value):
@@ -540,6 +547,10 @@ def check(args: Args):
             "a minibatch is whole sequences of some environments",
         ),
         (
+            args.norm_type == "batch_norm" and args.memory_window > 0,
+            "batch norm would count the steps of --memory-window twice: choose one of the two",
+        ),
+        (
             not 0 <= args.memory_window <= args.num_steps,
             f"--memory-window must lie between 0 and --num-steps {args.num_steps}, not {args.memory_window}",
         ),
@@ -552,7 +563,7 @@ def check(args: Args):
             f"--schedule-timesteps must be at least 1, not {args.schedule_timesteps}",
         ),
         (
-            args.track and importlib.util.find_spec("wandb") is None,
+            args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None,
             "--track needs Weights & Biases: pip install wandb",
         ),
     ]
@@ -564,12 +575,12 @@ def check(args: Args):
 def pick_device(name):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()
+        device = torch.zeros(1, device=device).cpu().to(device).device  # tried out, and with its index
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
     except Exception as error:
-        fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}")
 
 
 def pick_precision(name, device):
@@ -581,33 +592,43 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def keep_freed_memory():
+    """Has glibc keep what large tensors free. By default it goes back to the system, and every page of the next tensor
+    is a fault: on a CPU that doubles the time of acting."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
+
+
 def open_run(args, first_step):
     """The run's folder and its TensorBoard writer."""
-    folder, started = Path(args.resume), int(time.time())
+    name, started = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
     try:
-        while not args.resume:
+        if args.resume is None:
             Path("runs").mkdir(exist_ok=True)
-            name = re.sub(r"[^\w.-]", "-", args.env_id)
-            folder = Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")
-            if not folder.exists():
-                folder.mkdir()
-                break
-            started += 1
-    except OSError as error:
-        fail(f"cannot make a folder for this run: {error}")
-    if args.track:
-        import wandb
+            while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
+                started += 1
+            folder.mkdir()
+        else:
+            folder = Path(args.resume)
+        if args.track:
+            import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            id=folder.resolve().name,
-            config=asdict(args),
-            sync_tensorboard=True,
-            resume="allow",
-        )
-    # Points that a killed run wrote after its last checkpoint are dropped.
-    writer = SummaryWriter(folder, purge_step=first_step + 1 if args.resume else None)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=folder.resolve().name,
+                config=asdict(args),
+                sync_tensorboard=True,
+                resume="allow",
+            )
+        # Points that a killed run wrote after its last checkpoint are dropped.
+        writer = SummaryWriter(folder, purge_step=None if args.resume is None else first_step + 1)
+    except OSError as error:
+        fail(f"cannot write the run's folder: {error}")
     rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", first_step)
     return folder, writer
@@ -618,15 +639,15 @@ class Progress:
 
     def __init__(self, args, first_step):
         self.total, self.first_step, self.live = args.total_timesteps, first_step, sys.stdout.isatty()
-        self.started = self.shown = time.time()
+        self.started = self.shown = time.monotonic()
 
     def speed(self, step):
-        return (step - self.first_step) / (time.time() - self.started)
+        return (step - self.first_step) / (time.monotonic() - self.started)
 
     def show(self, step, last_returns, eval_returns, epsilon):
-        if time.time() - self.shown < (0.2 if self.live else 10):
+        if time.monotonic() - self.shown < (0.2 if self.live else 10):
             return
-        self.shown = time.time()
+        self.shown = time.monotonic()
         left = timedelta(seconds=int((self.total - step) / self.speed(step)))
         train, greedy = (f"{np.mean(returns):.1f}" if returns else "-" for returns in (last_returns, eval_returns))
         line = f"{step:,}/{self.total:,} steps, {self.speed(step):,.0f}/s, {left} left, "
@@ -641,10 +662,11 @@ class Progress:
 
 def save_checkpoint(folder, checkpoint):
     """Written beside the old one and then put in its place, so that there is a whole one at any time."""
-    unfinished = folder / "checkpoint.pt.tmp"
+    unfinished, content = folder / "checkpoint.pt.tmp", io.BytesIO()
+    torch.save(checkpoint, content)  # not into the file: its error on a full disk hides the system's
     try:
         with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, folder / "checkpoint.pt")
@@ -654,22 +676,25 @@ def save_checkpoint(folder, checkpoint):
 
 def load_checkpoint(folder, script=Path(__file__).stem):
     path = Path(folder, "checkpoint.pt")
-    if not path.is_file():
-        fail(f"there is no checkpoint in {folder}: name a run's folder, runs/...")
+    if not os.path.isfile(path):
+        fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
-        made_by = checkpoint["script"]
+        needed = {"script", "args", "step", "network", "optimizer", "rng_state", "last_returns", "eval_returns"}
+        whole = needed <= set(checkpoint) and "env_id" in checkpoint["args"]
     except Exception:
+        whole = False
+    if not whole:
         fail(f"{path} is broken, or no checkpoint of this project")
-    if made_by != script:
-        fail(f"{path} was made by {made_by}.py, not by {script}.py")
+    if checkpoint["script"] != script:
+        fail(f"{path} was made by {checkpoint['script']}.py, not by {script}.py")
     return checkpoint
 
 
 def parse_args():
     """The command line. With --resume, what it does not say is as in the run that goes on."""
     args = tyro.cli(Args)
-    if not args.resume:
+    if args.resume is None:
         return args
     saved = load_checkpoint(args.resume)["args"]
     try:
@@ -706,8 +731,9 @@ def main(args: Args):
     check(args)
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
+    keep_freed_memory()
     args.schedule_timesteps = args.schedule_timesteps or args.total_timesteps  # saved, so that a resumed run keeps it
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     global_step = first_step = checkpoint["step"] if checkpoint else 0
     batch_size = args.num_envs * args.num_steps
     minibatch_size = args.num_envs // args.num_minibatches
@@ -776,7 +802,7 @@ def main(args: Args):
                         if real_on_host[:, permutation[i * minibatch_size : (i + 1) * minibatch_size]].any():
                             metrics += train(index, *rollout)
                             updates += 1
-                if not metrics.isfinite().all():
+                if not (metrics.isfinite().all() and parameters.isfinite().all()):
                     raise FloatingPointError(
                         f"step {global_step + batch_size}: {why_not_finite(metrics, collector.rewards)}"
                     )
@@ -811,7 +837,8 @@ def main(args: Args):
         writer.close()
     except (FloatingPointError, OSError) as error:
         progress.close()
-        print(f"error: {error}; --resume {folder} goes on from the last checkpoint there", file=sys.stderr)
+        saved = (folder / "checkpoint.pt").exists()
+        print(f"error: {error}" + f"; --resume {folder} goes on from its last checkpoint" * saved, file=sys.stderr)
         raise SystemExit(1) from None
     progress.close()
     mean = lambda returns: f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "none ended"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -460,9 +461,8 @@ def test_other_observations_and_norms_run(env_id, options):
 def test_spaces_that_do_not_start_at_zero():
     options = dict(total_timesteps=16_000, learning_rate=1e-2, end_e=0.0, gamma=0.5, q_lambda=0.0)
     folder, _ = train(replace(SMALL, env_id="tiny_envs:Offset-v0", **options))
-    script, played = play.load_script(folder), play.Args(str(folder), episodes=20, max_steps=1)
-    assert script is pqn
-    assert np.mean(play.main(played)) == 1  # the right action for what is shown
+    played = play.Args(str(folder), episodes=50, max_steps=1)
+    assert np.mean(play.main(played)) > 0.8  # a network that cannot tell the observations apart gets a half
 
 
 def test_batch_norm_collects_statistics_and_acts_by_them():
@@ -513,6 +513,8 @@ BAD_OPTIONS = [
     ("--total-timesteps 100", "2048"),
     ("--device nonsense", "--device"),
     ("--resume nowhere", "no checkpoint"),
+    ("--resume=", "no checkpoint"),
+    (f"--resume {'a' * 300}", "no checkpoint"),
 ]
 
 
@@ -560,15 +562,32 @@ def test_checkpoints_that_do_not_fit_are_refused_and_execute_nothing(monkeypatch
     assert "broken" in refused(*longer)
     torch.save({"script": "pqn", "args": Malicious()}, path)
     assert "broken" in refused(*longer) and not Path("executed").exists()
+    for missing in good:
+        torch.save({name: value for name, value in good.items() if name != missing}, path)
+        assert "broken" in refused(*longer)
     torch.save(good | {"script": "baird"}, path)
     assert "baird.py" in refused(*longer)
     torch.save(good | {"args": {"env_id": "CartPole-v1", "from_another_time": 1}}, path)
     assert "another version" in refused(*longer)
 
 
-@pytest.mark.parametrize("options", [["nowhere"], ["FOLDER", "--video", "x.avi"], ["FOLDER", "--episodes", "0"]])
-def test_play_refuses_bad_input(options, monkeypatch, capsys):
-    folder, _ = train(SMALL)
+@pytest.mark.parametrize(
+    "options, checkpoint",
+    [
+        (["nowhere"], {}),
+        (["FOLDER", "--video", "x.avi"], {}),
+        (["FOLDER", "--video", ".gif"], {}),
+        (["FOLDER", "--video", "nowhere/x.gif"], {}),
+        (["FOLDER", "--episodes", "0"], {}),
+        (["FOLDER"], {"script": "baird"}),
+        (["FOLDER"], {"script": 3}),
+        (["FOLDER"], {"args": {"env_id": "CartPole-v1", "from_another_time": 1}}),
+        (["FOLDER"], {"network": {}}),
+    ],
+)
+def test_play_refuses_bad_input(options, checkpoint, monkeypatch, capsys):
+    folder, good = train(SMALL)
+    torch.save(good | checkpoint, folder / "checkpoint.pt")
     capsys.readouterr()
     options = [str(folder) if option == "FOLDER" else option for option in options]
     monkeypatch.setattr(sys, "argv", ["play.py", *options])
@@ -589,15 +608,26 @@ def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkp
     assert all(weight.isfinite().all() for weight in checkpoint["network"].values())
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_last_whole_checkpoint(capsys, monkeypatch):
-    def full(checkpoint, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    folder, _ = train(SMALL)
-    whole = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(pqn.torch, "save", full)
+def test_a_weight_that_is_not_finite_is_never_saved(capsys):
     with pytest.raises(SystemExit) as exit:
-        pqn.main(replace(SMALL, resume=str(folder), total_timesteps=640))
-    assert exit.value.code == 1 and "No space left" in capsys.readouterr().err
+        train(replace(SMALL, learning_rate=1e39, anneal_lr=False, checkpoint_interval=1, num_minibatches=1))
+    assert exit.value.code == 1 and "a weight is not finite" in capsys.readouterr().err
+    assert not list(Path("runs").glob("*/checkpoint.pt"))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_whole_checkpoint():
+    options = "--num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1 --num-eval-envs 0".split()
+    assert run("pqn.py", *options, "--total-timesteps", 320).returncode == 0
+    (folder,) = Path("runs").glob("*")
+    whole = (folder / "checkpoint.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
+    result = run("pqn.py", "--resume", folder, "--total-timesteps", 640, preexec_fn=limit)
+    assert result.returncode == 1 and "File too large" in result.stderr and result.stderr.count("\n") == 1
     assert (folder / "checkpoint.pt").read_bytes() == whole and not list(folder.glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(capsys):
+    Path("runs").write_text("a file")
+    with pytest.raises(SystemExit) as exit:
+        pqn.main(SMALL)
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -323,6 +323,7 @@ def test_the_same_seed_gives_the_same_weights():
         ("--num-envs 10 --num-minibatches 4", "does not divide --num-envs 10"),
         ("--memory-window 33", "--memory-window"),
         ("--memory-window=-1", "--memory-window"),
+        ("--memory-window 4 --norm-type batch_norm", "batch norm"),
         ("--lstm-size 0", "--lstm-size"),
         ("--num-envs 0", "--num-envs"),
         ("--num-minibatches 0", "--num-minibatches"),
@@ -348,7 +349,7 @@ def test_captured_and_uncaptured_runs_agree(options):
     weights = []
     for cuda_graph in (True, False):
         before = set(Path("runs").glob("*"))
-        recurrent.main(replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, **options))
+        recurrent.main(replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, end_e=1.0, **options))
         (folder,) = set(Path("runs").glob("*")) - before
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
         weights.append(torch.cat([w.float().flatten() for w in checkpoint["network"].values()]))
