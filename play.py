@@ -48,7 +48,7 @@ def load_script(folder):
         name = str(torch.load(path, map_location="cpu", weights_only=True)["script"])
     except Exception:
         fail(f"{path} is broken, or no checkpoint of this project")
-    if not name.startswith("pqn") or not Path(__file__).with_name(f"{name}.py").is_file():
+    if not (name.isidentifier() and name.startswith("pqn") and Path(__file__).with_name(f"{name}.py").is_file()):
         fail(f"{path} was made by {name}.py, which is not beside play.py")
     return importlib.import_module(name)
 
@@ -89,7 +89,7 @@ def main(args: Args):
             f"--video {args.video} must be a file ending in .mp4 or .gif",
         ),
         (
-            args.video and not os.access(Path(args.video).parent, os.W_OK) or Path(args.video).is_dir() and args.video,
+            args.video and (Path(args.video).is_dir() or not os.access(Path(args.video).parent, os.W_OK)),
             f"--video {args.video} cannot be written there",
         ),
     ]:
