@@ -459,10 +459,10 @@ def test_other_observations_and_norms_run(env_id, options):
 
 
 def test_spaces_that_do_not_start_at_zero():
-    options = dict(total_timesteps=16_000, learning_rate=1e-2, end_e=0.0, gamma=0.5, q_lambda=0.0)
+    options = dict(total_timesteps=16_000, learning_rate=3e-3, hidden_sizes=(64,), gamma=0.5, q_lambda=0.0)
     folder, _ = train(replace(SMALL, env_id="tiny_envs:Offset-v0", **options))
     played = play.Args(str(folder), episodes=50, max_steps=1)
-    assert np.mean(play.main(played)) > 0.8  # a network that cannot tell the observations apart gets a half
+    assert np.mean(play.main(played)) > 0.9  # a network that cannot tell the observations apart gets a half
 
 
 def test_batch_norm_collects_statistics_and_acts_by_them():

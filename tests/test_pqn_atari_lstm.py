@@ -271,7 +271,7 @@ class Cues:
 
 def test_it_remembers_what_the_feed_forward_agent_cannot(monkeypatch):
     options = dict(env_id="Pong-v5", num_envs=16, num_steps=18, num_eval_envs=16, num_minibatches=2, seed=1)
-    options |= dict(total_timesteps=16 * 18 * 40, learning_rate=1e-3, end_e=0.05, stack_num=1)
+    options |= dict(total_timesteps=16 * 18 * 100, learning_rate=1e-3, end_e=0.05, stack_num=1)
     greedy = {}
     for script in (recurrent, atari):
         monkeypatch.setattr(script, "make_envs", lambda args, n, seed, render=False: Cues(n, seed))
