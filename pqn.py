@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -540,7 +540,8 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     check(args)
     device = pick_device(args.device)
-    args.schedule_timesteps = args.schedule_timesteps or args.total_timesteps  # saved, so that a resumed run keeps it
+    # The horizon is saved, so that a resumed run keeps it.
+    args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     global_step = first_step = checkpoint["step"] if checkpoint else 0
     batch_size = args.num_envs * args.num_steps

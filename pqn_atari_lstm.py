@@ -23,7 +23,7 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -732,7 +732,8 @@ def main(args: Args):
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     keep_freed_memory()
-    args.schedule_timesteps = args.schedule_timesteps or args.total_timesteps  # saved, so that a resumed run keeps it
+    # The horizon is saved, so that a resumed run keeps it.
+    args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     global_step = first_step = checkpoint["step"] if checkpoint else 0
     batch_size = args.num_envs * args.num_steps
