@@ -642,10 +642,10 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     check(args)
     device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
     keep_freed_memory()
     # The horizon is saved, so that a resumed run keeps it.
     args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
+    args.precision = pick_precision(args.precision, device)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     global_step = first_step = checkpoint["step"] if checkpoint else 0
     batch_size = args.num_envs * args.num_steps

@@ -6,7 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -466,6 +466,13 @@ def test_spaces_that_do_not_start_at_zero():
     network.load_state_dict(checkpoint["network"])
     shown = torch.arange(3, 7)
     assert torch.equal(network(shown).argmax(1), shown % 3)
+
+
+def test_main_leaves_the_options_of_its_caller_as_they_were():
+    args = replace(SMALL)
+    before = asdict(args)
+    pqn.main(args)
+    assert asdict(args) == before
 
 
 def test_batch_norm_collects_statistics_and_acts_by_them():

@@ -277,6 +277,13 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_main_leaves_the_options_of_its_caller_as_they_were():
+    args = replace(SMALL, precision="auto")
+    before = asdict(args)
+    atari.main(args)
+    assert asdict(args) == before
+
+
 @pytest.mark.parametrize("norm_type", ["layer_norm_map", "batch_norm", "none"])
 def test_the_other_norms_run(norm_type):
     atari.main(replace(SMALL, norm_type=norm_type))
