@@ -445,13 +445,51 @@ def flatten_parameters(network):
     return flat
 
 
-def train_step(network, parameters, optimizer, args: Args, index, *data):
-    """One gradient step on the sequences of the environments `index` of a rollout; the loss, the mean Q-value and the
+class RAdam:
+    """The update of torch.optim.RAdam (Liu et al., 2020) on one tensor, at a third of its cost on a CPU. Its two step
+    sizes are tensors, where a CUDA graph of step() finds them."""
+
+    def __init__(self, parameters):
+        self.parameters, self.steps = parameters, 0
+        self.mean, self.square = torch.zeros_like(parameters.data), torch.zeros_like(parameters.data)
+        self.plain, self.adaptive = (torch.zeros((), device=parameters.device) for _ in range(2))
+
+    def prepare(self, learning_rate, beta1=0.9, beta2=0.999):
+        """The next step's sizes: plain momentum, until enough gradients (ρ_t > 5) make the adaptive one reliable."""
+        self.steps += 1
+        t, size = self.steps, learning_rate / (1 - beta1**self.steps)
+        longest = 2 / (1 - beta2) - 1  # ρ_∞
+        length = longest - 2 * t * beta2**t / (1 - beta2**t)  # ρ_t
+        rectified = length > 5
+        if rectified:
+            trust = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)  # r_t²
+            size *= math.sqrt(trust * (1 - beta2**t))
+        self.plain.fill_(0.0 if rectified else size)
+        self.adaptive.fill_(size if rectified else 0.0)
+
+    def step(self, beta1=0.9, beta2=0.999, eps=1e-8):
+        gradient = self.parameters.grad
+        self.mean.lerp_(gradient, 1 - beta1)
+        self.square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self.parameters.data.sub_(self.mean * (self.adaptive / (self.square.sqrt() + eps) + self.plain))
+
+    def state_dict(self):
+        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.steps = state["steps"]
+
+
+def train_step(network, parameters, optimizer, args: Args, *minibatch):
+    """One gradient step on a minibatch, the rollout of some of the environments; the loss, the mean Q-value and the
     norm of the gradient."""
-    loss, q_value = td_loss(network, args, *(x[:, index] for x in data))
+    loss, q_value = td_loss(network, args, *minibatch)
     parameters.grad.zero_()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
+    grad_norm = parameters.grad.norm()
+    parameters.grad.mul_((args.max_grad_norm / grad_norm).clamp(max=1.0))
     optimizer.step()
     return torch.stack([loss.detach(), q_value, grad_norm])
 
@@ -491,14 +529,6 @@ def why_not_finite(metrics, rewards):
         return "the environment returned a reward that is not finite"
     name = "a weight" if metrics.isfinite().all() else "a gradient" if metrics[0].isfinite() else "the loss"
     return f"{name} is not finite: rewards or --learning-rate too high, or an observation that is not finite"
-
-
-def set_learning_rate(optimizer, value):
-    group = optimizer.param_groups[0]
-    if torch.is_tensor(group["lr"]):
-        group["lr"].fill_(value)  # where a CUDA graph finds it
-    else:
-        group["lr"] = value
 
 
 def linear_schedule(start, end, step, duration):
@@ -750,14 +780,12 @@ def main(args: Args):
             fail(f"the checkpoint in {args.resume} is of another network or another environment")
     network.to(device)
     parameters = flatten_parameters(network)
-    on_cuda = device.type == "cuda"
-    learning_rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
-    optimizer = torch.optim.RAdam([parameters], lr=learning_rate, foreach=True, capturable=on_cuda)
+    optimizer = RAdam(parameters)
     train = capture(partial(train_step, network, parameters, optimizer, args), args, device)
     collector = Collector(envs, network, args, device)
     last_returns, eval_returns = deque(maxlen=100), deque(maxlen=100)
     if checkpoint:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng_state"])
         last_returns.extend(checkpoint["last_returns"])
         eval_returns.extend(checkpoint["eval_returns"])
@@ -766,12 +794,13 @@ def main(args: Args):
 
     def save():
         state = {"script": Path(__file__).stem, "args": asdict(args), "step": global_step}
-        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"rng_state": torch.get_rng_state()}
         state |= {"last_returns": list(last_returns), "eval_returns": list(eval_returns)}
         save_checkpoint(folder, state)
         writer.flush()
 
+    final_rate = 0.0 if args.anneal_lr else args.learning_rate
     metrics, updates, episodes, eval_episodes = torch.zeros(3, device=device), 0, [], []  # since the last point
     try:
         with stop_on_signal() as stopped:
@@ -791,17 +820,18 @@ def main(args: Args):
 
                 # Compute targets and learn
                 network.train()
-                real_on_host = torch.as_tensor(~collector.phantom)
+                real_on_host = torch.as_tensor(~collector.phantom).any(0)
                 for epoch in range(args.update_epochs):
                     permutation = torch.randperm(args.num_envs)
-                    for i, index in enumerate(permutation.to(device).split(minibatch_size)):
-                        if args.anneal_lr:
-                            done = global_step + batch_size * (epoch + i / args.num_minibatches) / args.update_epochs
-                            set_learning_rate(
-                                optimizer, linear_schedule(args.learning_rate, 0.0, done, args.schedule_timesteps)
-                            )
-                        if real_on_host[:, permutation[i * minibatch_size : (i + 1) * minibatch_size]].any():
-                            metrics += train(index, *rollout)
+                    any_real = real_on_host[permutation].view(-1, minibatch_size).any(1).tolist()
+                    permutation = permutation.to(device)
+                    shuffled = zip(*(x[:, permutation].split(minibatch_size, dim=1) for x in rollout), strict=True)
+                    for i, minibatch in enumerate(shuffled):
+                        done = global_step + batch_size * (epoch + i / args.num_minibatches) / args.update_epochs
+                        learning_rate = linear_schedule(args.learning_rate, final_rate, done, args.schedule_timesteps)
+                        if any_real[i]:
+                            optimizer.prepare(learning_rate)
+                            metrics += train(*minibatch)
                             updates += 1
                 if not (metrics.isfinite().all() and parameters.isfinite().all()):
                     raise FloatingPointError(
@@ -814,7 +844,7 @@ def main(args: Args):
                 eval_returns.extend(episode_return for _, episode_return, _ in finished_eval)
                 if global_step % args.log_interval < batch_size or global_step + batch_size > args.total_timesteps:
                     points = {"charts/SPS": progress.speed(global_step), "charts/epsilon": epsilon}
-                    points["charts/learning_rate"] = float(optimizer.param_groups[0]["lr"])
+                    points["charts/learning_rate"] = learning_rate
                     if updates:
                         names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
                         points |= zip(names, (metrics / updates).tolist(), strict=True)

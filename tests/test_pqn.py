@@ -1,5 +1,6 @@
 """pqn.py: the parts against slow, literal versions of the paper's equations, and the script as a user runs it."""
 
+import importlib
 import math
 import os
 import resource
@@ -168,13 +169,47 @@ def test_one_step_of_one_environment_is_equation_1():
     values = torch.stack([network(s).detach().max(1).values for s in (state, successor)])
     never = torch.zeros(1, 1, dtype=torch.bool)
     targets = pqn.q_lambda_targets(torch.tensor([[reward]]), values, never, never, 0.9, 0.0)
-    pqn.train_step(network, parameters, optimizer, args, torch.tensor([0]), state, action, targets[0], ~never[0])
+    pqn.train_step(network, parameters, optimizer, args, state, action, targets[0], ~never[0])
 
     q_value = reference(state)[0, 1]
     delta = reward + 0.9 * reference(successor).max().item() - q_value.item()
     q_value.backward()
     expected = torch.cat([(p + 0.05 * delta * p.grad).flatten() for p in reference.parameters()])
     assert torch.allclose(parameters, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm"])
+def test_radam_is_pytorchs(script):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(1000)) for _ in range(2))
+    optimizer, reference = importlib.import_module(script).RAdam(ours), torch.optim.RAdam([theirs])
+    for t in range(50):  # of which the first five are plain momentum
+        if t == 20:  # as after --resume
+            state = optimizer.state_dict()
+            optimizer = importlib.import_module(script).RAdam(ours)
+            optimizer.load_state_dict(state)
+        learning_rate = 0.1 * (1 - t / 100)
+        gradient = torch.randn(1000) * torch.logspace(-6, 3, 1000)
+        ours.grad, theirs.grad = gradient, gradient.clone()
+        reference.param_groups[0]["lr"] = learning_rate
+        optimizer.prepare(learning_rate)
+        optimizer.step()
+        reference.step()
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), t
+
+
+@pytest.mark.parametrize("max_grad_norm, clipped", [(0.01, True), (1e3, False)])
+def test_the_gradient_is_clipped_to_its_norm(max_grad_norm, clipped):
+    network, args = network_for(max_grad_norm=max_grad_norm)
+    parameters = pqn.flatten_parameters(network)
+    loss, _ = pqn.td_loss(network, *minibatch(), 0.0)
+    loss.backward()
+    gradient, before = parameters.grad.clone(), parameters.detach().clone()
+    optimizer = torch.optim.SGD([parameters], lr=1.0)
+    _, _, norm = pqn.train_step(network, parameters, optimizer, args, *minibatch())
+    assert norm.item() == pytest.approx(gradient.norm().item()) and norm > 0.01
+    expected = gradient * (max_grad_norm / norm if clipped else 1)
+    assert torch.allclose(before - parameters, expected, rtol=1e-3, atol=1e-6)
 
 
 def minibatch(size=6):
@@ -211,12 +246,12 @@ def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state():
     args = replace(SMALL, env_id="tiny_envs:BothFlags-v0", l2_coef=0.1, **one_step)
     results = [train(replace(args, total_timesteps=steps))[1] for steps in (1, 2, 3)]
     flat = lambda checkpoint: torch.cat([w.flatten() for w in checkpoint["network"].values()])
-    state = lambda checkpoint: checkpoint["optimizer"][0]
+    state = lambda checkpoint: checkpoint["optimizer"]
     assert torch.equal(flat(results[0]), flat(results[1]))
     assert not torch.equal(flat(results[1]), flat(results[2]))
-    assert [state(r)["step"].item() for r in results] == [1, 1, 2]
-    assert torch.equal(state(results[0])["exp_avg"], state(results[1])["exp_avg"])
-    assert torch.equal(state(results[0])["exp_avg_sq"], state(results[1])["exp_avg_sq"])
+    assert [state(r)["steps"] for r in results] == [1, 1, 2]
+    assert torch.equal(state(results[0])["mean"], state(results[1])["mean"])
+    assert torch.equal(state(results[0])["square"], state(results[1])["square"])
 
 
 def test_l2_regularises_the_weights_of_the_last_layer_alone():
@@ -413,7 +448,7 @@ def test_stopped_by_sigterm_and_resumed_a_run_ends_where_it_would_have():
     resumed = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
     assert resumed["step"] == 60_000 and [str(p) for p in Path("runs").glob("*")] == [folder]
     assert resumed["args"]["hidden_sizes"] == (16,) and resumed["args"]["num_envs"] == 8
-    assert resumed["optimizer"][0]["step"] > stopped["optimizer"][0]["step"]
+    assert resumed["optimizer"]["steps"] > stopped["optimizer"]["steps"]
     points = curves(folder)
     for step, value in points["charts/epsilon"]:
         assert value == pytest.approx(pqn.linear_schedule(1.0, 0.2, step - 200, 0.2 * 60_000))

@@ -301,7 +301,7 @@ def test_a_run_can_be_resumed_played_and_filmed():
     result = run("pqn_atari_lstm.py", "--resume", folder, "--total-timesteps", 384)
     assert result.returncode == 0, result.stderr
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 384 and checkpoint["optimizer"][0]["step"] == 384 / 64 * 8
+    assert checkpoint["step"] == 384 and checkpoint["optimizer"]["steps"] == 384 / 64 * 8
     result = run("play.py", folder, "--episodes", 3, "--video", "game.gif")
     assert result.returncode == 0, result.stderr
     assert Path("game.gif").stat().st_size > 1000
