@@ -4,9 +4,14 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export SEEDS=${SEEDS:-1-5}
 
-for task in "CartPole-v1 --total-timesteps 500000" "Acrobot-v1 --total-timesteps 500000"; do
-  for norm in layer_norm batch_norm none; do
-    echo "$norm: python pqn.py --env-id $task --norm-type $norm"
-    echo "$norm+input: python pqn.py --env-id $task --norm-type $norm --normalize-input"
+while read -r task; do
+  echo "layer_norm: $task"
+  echo "layer_norm+input: $task --normalize-input"
+  for norm in batch_norm none; do
+    echo "$norm: $task --norm-type $norm"
+    echo "$norm+input: $task --norm-type $norm --normalize-input"
   done
-done | python benchmark/launch.py ablation_input "$@"
+done <<'COMMANDS' | python benchmark/launch.py ablation_input "$@"
+python pqn.py --env-id CartPole-v1 --total-timesteps 500000
+python pqn.py --env-id Acrobot-v1 --total-timesteps 500000 --learning-rate 5e-4
+COMMANDS

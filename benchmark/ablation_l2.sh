@@ -4,10 +4,14 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export SEEDS=${SEEDS:-1-5}
 
-for task in "CartPole-v1 --total-timesteps 500000" "Acrobot-v1 --total-timesteps 500000"; do
-  for norm in layer_norm none; do
-    for l2 in 0 0.001 0.01 0.1; do
-      echo "${norm}_$l2: python pqn.py --env-id $task --norm-type $norm --l2-coef $l2"
-    done
+while read -r task; do
+  echo "layer_norm_0: $task"
+  echo "none_0: $task --norm-type none"
+  for l2 in 0.001 0.01 0.1; do
+    echo "layer_norm_$l2: $task --l2-coef $l2"
+    echo "none_$l2: $task --norm-type none --l2-coef $l2"
   done
-done | python benchmark/launch.py ablation_l2 "$@"
+done <<'COMMANDS' | python benchmark/launch.py ablation_l2 "$@"
+python pqn.py --env-id CartPole-v1 --total-timesteps 500000
+python pqn.py --env-id Acrobot-v1 --total-timesteps 500000 --learning-rate 5e-4
+COMMANDS

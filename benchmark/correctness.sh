@@ -6,7 +6,7 @@ export SEEDS=${SEEDS:-1-5}
 
 for variant in right phantoms truncation both; do
   echo "$variant: python benchmark/correctness.py --variant $variant --limit 20 --env-id CartPole-v1 --total-timesteps 500000"
-  echo "$variant: python benchmark/correctness.py --variant $variant --limit 100 --env-id Acrobot-v1 --total-timesteps 500000"
+  echo "$variant: python benchmark/correctness.py --variant $variant --limit 100 --env-id Acrobot-v1 --total-timesteps 500000 --learning-rate 5e-4"
   echo "$variant: python benchmark/correctness.py --variant $variant --limit 200 --env-id LunarLander-v3" \
     "--total-timesteps 1000000 --learning-rate 5e-4 --end-e 0.05 --exploration-fraction 0.3"
 done | python benchmark/launch.py correctness "$@"

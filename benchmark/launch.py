@@ -233,7 +233,9 @@ def main():
     if count("failed"):
         raise SystemExit(1)
     if not task:
-        raise SystemExit(subprocess.run([sys.executable, HERE / "report.py", results]).returncode)
+        several = len({job.variant for job in jobs}) > 1  # the list's first is what the others are compared with
+        baseline = ["--baseline", jobs[0].variant] if several else []
+        raise SystemExit(subprocess.run([sys.executable, HERE / "report.py", results, *baseline]).returncode)
 
 
 if __name__ == "__main__":

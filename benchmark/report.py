@@ -13,6 +13,7 @@ or on chance: the same CSVs give the same files.
 """
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,6 +337,11 @@ def main(args: Args):
     if normalised:
         parts.insert(1, aggregate_table(normalised))
         draw_profiles(normalised, out)
+    options = [*map(str, args.sets), *["--out", str(args.out)] * (args.out is not None)]
+    options += ["--baseline", args.baseline] * bool(args.baseline) + ["--score", args.score] * (
+        args.score != Args.score
+    )
+    parts.append(f"Table and figures: `python benchmark/report.py {shlex.join(options)}`\n")
     (out / "table.md").write_text("\n".join(filter(None, parts)))
     draw_curves(groups, out)
     if len({label for _, label in groups}) > 1:

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ import results  # noqa: E402
 import speed  # noqa: E402
 
 import pqn  # noqa: E402
+
+COMMITTED = sorted(ROOT.glob("benchmark/results/*/table.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +94,7 @@ def toys(tmp_path, monkeypatch):
     here = tmp_path / "here"
     results.write_run(here / "template.csv", example(command="COMMAND"))
     (here / "results.py").write_text(EVALUATE)
-    (here / "report.py").write_text("")
+    (here / "report.py").write_text('import sys; open("reported", "w").write(" ".join(sys.argv[1:]))')
     monkeypatch.setattr(launch, "HERE", here)
     return monkeypatch
 
@@ -126,6 +129,7 @@ def test_every_command_runs_for_every_seed_and_finished_ones_are_skipped(toys, c
     assert {file.name for file in folder.glob("*")} == files | {"summary.csv"}
     assert len(list(csv.DictReader(open(folder / "summary.csv")))) == 6
     assert "6 ran, 0 failed, 0 stopped, 0 skipped" in capsys.readouterr().out
+    assert Path("reported").read_text() == "benchmark/results/toys --baseline toy"
 
     (folder / "A-v1__toy__2.csv").unlink()
     (trained,) = Path("runs/toys").glob("A-v1__toy__2__*/trained")
@@ -415,16 +419,17 @@ def colours(file, top=0.0, right=1.0):
 
 def test_the_same_csvs_give_the_same_table_and_figures_and_others_do_not(monkeypatch):
     runs = [example(variant=v, seed=s, level=s**1.7 + (v == "b")) for v in "ab" for s in range(9)]
-    for folder, changed in (("first", 0), ("second", 0), ("other", 1)):
+    folders = "results/first", "results/second", "results/other"
+    for folder, changed in zip(folders, (0, 0, 1), strict=True):
         runs[-1].points[:, 3] += changed
         runs[-1].about["greedy_mean"] += changed
         write(folder, *runs)
         report.main(report.Args((Path(folder),)))
-    names = {file.name for file in Path("first").iterdir() if file.suffix != ".csv"}
+    names = {file.name for file in Path(folders[0]).iterdir() if file.suffix != ".csv"}
     stems = ("curves_steps", "curves_time", "final")
     assert names == {"table.md", *(f"{stem}.{ending}" for stem in stems for ending in ("png", "svg"))}
     for name in names:
-        first, second, other = (Path(folder, name).read_bytes() for folder in ("first", "second", "other"))
+        first, second, other = (Path(folder, name).read_bytes().replace(folder.encode(), b"") for folder in folders)
         assert first == second and first != other, name
 
 
@@ -445,9 +450,26 @@ def test_the_table_compares_with_the_baseline(capsys):
     assert second.startswith("| CartPole-v1 | envs_10 | 3 | 12.0 ± 0.82 | 12.0 ± 0.82 | [11.0, 13.0] |  |")
     report.main(report.Args((Path("set"),)))
     assert "difference from envs_2" in capsys.readouterr().out
+    assert "`python benchmark/report.py set`" in Path("set/table.md").read_text()
     with pytest.raises(SystemExit) as exit:
         report.main(report.Args((Path("set"),), baseline="envs_3"))
     assert exit.value.code == 2 and "envs_2, envs_10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", COMMITTED, ids=lambda path: path.parent.name)
+def test_a_committed_table_is_what_the_committed_csvs_give(table, monkeypatch):
+    *_, command = table.read_text().split("`")[:-1]
+    words = shlex.split(command)
+    assert words[:2] == ["python", "benchmark/report.py"]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("draw_curves", "draw_final", "draw_profiles"):  # their sameness is shown above, at less expense
+        monkeypatch.setattr(report, name, lambda *_: None)
+    shutil.copytree(table.parent, Path("benchmark/results", table.parent.name))
+    report.main(tyro.cli(report.Args, args=words[2:]))
+    assert Path("benchmark/results", table.parent.name, "table.md").read_text() == table.read_text()
+    assert Path("benchmark/results", table.parent.name, "summary.csv").read_text() == (
+        table.with_name("summary.csv").read_text()
+    )
 
 
 def test_sets_are_compared_and_written_where_asked(capsys):
