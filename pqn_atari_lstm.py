@@ -446,8 +446,8 @@ def flatten_parameters(network):
 
 
 class RAdam:
-    """The update of torch.optim.RAdam (Liu et al., 2020) on one tensor, at a third of its cost on a CPU. Its two step
-    sizes are tensors, where a CUDA graph of step() finds them."""
+    """The update of torch.optim.RAdam (Liu et al., 2020) on a single tensor, with far less overhead. Its two step sizes
+    are tensors, where a CUDA graph of step() finds them."""
 
     def __init__(self, parameters):
         self.parameters, self.steps = parameters, 0
@@ -457,7 +457,8 @@ class RAdam:
     def prepare(self, learning_rate, beta1=0.9, beta2=0.999):
         """The next step's sizes: plain momentum, until enough gradients (ρ_t > 5) make the adaptive one reliable."""
         self.steps += 1
-        t, size = self.steps, learning_rate / (1 - beta1**self.steps)
+        t = self.steps
+        size = learning_rate / (1 - beta1**t)
         longest = 2 / (1 - beta2) - 1  # ρ_∞
         length = longest - 2 * t * beta2**t / (1 - beta2**t)  # ρ_t
         rectified = length > 5
@@ -823,6 +824,7 @@ def main(args: Args):
                 real_on_host = torch.as_tensor(~collector.phantom).any(0)
                 for epoch in range(args.update_epochs):
                     permutation = torch.randperm(args.num_envs)
+                    # A minibatch of nothing but phantoms is no step at all
                     any_real = real_on_host[permutation].view(-1, minibatch_size).any(1).tolist()
                     permutation = permutation.to(device)
                     shuffled = zip(*(x[:, permutation].split(minibatch_size, dim=1) for x in rollout), strict=True)
