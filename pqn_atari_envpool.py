@@ -362,33 +362,34 @@ def flatten_parameters(network):
 
 
 class RAdam:
-    """The update of torch.optim.RAdam (Liu et al., 2020) on a single tensor, with far less overhead. Its two step sizes
-    are tensors, where a CUDA graph of step() finds them."""
+    """The update of torch.optim.RAdam (Liu et al., 2020) on a single tensor, with far less overhead. prepare() comes
+    before each step() and sets its two step sizes: tensors, where a CUDA graph of step() finds them."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, beta1=0.9, beta2=0.999, eps=1e-8):
         self.parameters, self.steps = parameters, 0
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.mean, self.square = torch.zeros_like(parameters.data), torch.zeros_like(parameters.data)
         self.plain, self.adaptive = (torch.zeros((), device=parameters.device) for _ in range(2))
 
-    def prepare(self, learning_rate, beta1=0.9, beta2=0.999):
-        """The next step's sizes: plain momentum, until enough gradients (ρ_t > 5) make the adaptive one reliable."""
+    def prepare(self, learning_rate):
+        """Plain momentum, until enough gradients (ρ_t > 5) make the adaptive step reliable."""
         self.steps += 1
-        t = self.steps
-        size = learning_rate / (1 - beta1**t)
-        longest = 2 / (1 - beta2) - 1  # ρ_∞
-        length = longest - 2 * t * beta2**t / (1 - beta2**t)  # ρ_t
+        t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
+        size = learning_rate / (1 - decay1)
+        longest = 2 / (1 - self.beta2) - 1  # ρ_∞
+        length = longest - 2 * t * decay2 / (1 - decay2)  # ρ_t
         rectified = length > 5
         if rectified:
             trust = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)  # r_t²
-            size *= math.sqrt(trust * (1 - beta2**t))
+            size *= math.sqrt(trust * (1 - decay2))
         self.plain.fill_(0.0 if rectified else size)
         self.adaptive.fill_(size if rectified else 0.0)
 
-    def step(self, beta1=0.9, beta2=0.999, eps=1e-8):
+    def step(self):
         gradient = self.parameters.grad
-        self.mean.lerp_(gradient, 1 - beta1)
-        self.square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        self.parameters.data.sub_(self.mean * (self.adaptive / (self.square.sqrt() + eps) + self.plain))
+        self.mean.lerp_(gradient, 1 - self.beta1)
+        self.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        self.parameters.data.sub_(self.mean * (self.adaptive / (self.square.sqrt() + self.eps) + self.plain))
 
     def state_dict(self):
         return {"mean": self.mean, "square": self.square, "steps": self.steps}
@@ -550,13 +551,9 @@ def open_run(args, first_step):
     """The run's folder and its TensorBoard writer."""
     name, started = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
     try:
-        if args.resume is None:
-            Path("runs").mkdir(exist_ok=True)
-            while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
-                started += 1
-            folder.mkdir()
-        else:
-            folder = Path(args.resume)
+        while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
+            started += 1
+        folder = folder if args.resume is None else Path(args.resume)
         if args.track:
             import wandb
 
@@ -568,10 +565,11 @@ def open_run(args, first_step):
                 sync_tensorboard=True,
                 resume="allow",
             )
+        folder.mkdir(parents=True, exist_ok=args.resume is not None)
         # Points that a killed run wrote after its last checkpoint are dropped.
         writer = SummaryWriter(folder, purge_step=None if args.resume is None else first_step + 1)
-    except OSError as error:
-        fail(f"cannot write the run's folder: {error}")
+    except Exception as error:  # of the file system or of Weights & Biases
+        fail(f"cannot open the run {folder}: {' '.join(str(error).split())}")
     rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", first_step)
     return folder, writer
@@ -699,8 +697,11 @@ def main(args: Args):
     collector = Collector(envs, network, args, device)
     last_returns, eval_returns = deque(maxlen=100), deque(maxlen=100)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng_state"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng_state"])
+        except (KeyError, RuntimeError, TypeError):
+            fail(f"the checkpoint in {args.resume} was made by another version of this script")
         last_returns.extend(checkpoint["last_returns"])
         eval_returns.extend(checkpoint["eval_returns"])
     folder, writer = open_run(args, first_step)
@@ -785,6 +786,8 @@ def main(args: Args):
                 if global_step % args.checkpoint_interval < batch_size:
                     save()
             save()
+            if global_step + batch_size > args.total_timesteps:
+                stopped.clear()  # by a signal that came when nothing was left to stop
         writer.close()
     except (FloatingPointError, OSError) as error:
         progress.close()

@@ -7,9 +7,9 @@
     sbatch --array=1-$(benchmark/classic.sh --list | wc -l) benchmark/classic.sh        # on a Slurm cluster
 
 The commands come from standard input, one per line: `python script.py --env-id ... [options]`, with `name:` before it
-where a table compares variants of one script. This adds --seed. A run works in runs/<set>/<run>__<hash of its command>;
-its output is in log.txt there. A run that was stopped goes on from its checkpoint when the list is launched again; one
-whose CSV is complete is skipped. Ctrl-C asks all runs to stop in order, a second one kills them.
+where a table compares variants of one script. This adds --seed. A run works in runs/<set>/<run>__<hash of its
+command and script>; its output is in log.txt there. A run that was stopped goes on from its checkpoint when the list
+is launched again; one whose CSV is complete is skipped. Ctrl-C asks all runs to stop in order, a second one kills them.
 
     SEEDS     seeds, as in "1-5 8"
     WORKERS   runs at a time (1)
@@ -85,7 +85,10 @@ def read_jobs(name, lines, seeds, results):
             command, run = shlex.join(words), re.sub(r"[^\w.-]", "-", f"{env}__{variant}__{seed}")
             if run in jobs:
                 fail(f"two commands for {run}: give them names, 'name: python ...'")
-            folder = Path("runs", results.name, f"{run}__{hashlib.sha1(command.encode()).hexdigest()[:6]}")
+            # A changed script starts its runs anew. (Those in benchmark/ import pqn.py.)
+            code = [Path(words[1]), *[Path("pqn.py")] * (Path(words[1]).parent.name == "benchmark")]
+            made_by = hashlib.sha1(b"".join([command.encode(), *(file.read_bytes() for file in code)])).hexdigest()
+            folder = Path("runs", results.name, f"{run}__{made_by[:6]}")
             jobs[run] = Job(run, variant, command, results / f"{run}.csv", folder)
     return list(jobs.values()) or fail(f"the list of {name} is empty")
 
@@ -210,7 +213,7 @@ def main():
         if message != "not started":
             print(f"[{len(outcomes)}/{len(todo)}] {job.name} {outcome}: {message}", flush=True)
 
-    before = {signum: signal.signal(signum, runner.stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, runner.stop) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with ThreadPoolExecutor(workers, initializer=runner.pin) as pool:
         for future in [pool.submit(run, job) for job in todo]:
             future.result()

@@ -1,7 +1,7 @@
 """Tables and figures from result sets: the CSVs that launch.py leaves, or whatever runs there are below a folder.
 
     python benchmark/report.py benchmark/results/classic                     # table.md and figures, into that folder
-    python benchmark/report.py benchmark/results/lambda --baseline lambda_0.65
+    python benchmark/report.py benchmark/results/ablation_lambda --baseline lambda_0.95
     python benchmark/report.py benchmark/results/atari5 benchmark/results/mine --out comparison
     python benchmark/report.py runs --out figures                            # runs that launch.py did not start
 
@@ -104,6 +104,9 @@ def naturally(words):
 def read_groups(args):
     """{(environment, label): runs}, and the label that the others are compared with."""
     groups = {}
+    names = [folder.resolve().name for folder in args.sets]
+    if len(set(names)) < len(names):
+        fail(f"sets that are compared need names of their own, not {' and '.join(map(str, args.sets))}")
     for folder in args.sets:
         runs = read_set(folder)
         several = len({run.about["variant"] for run in runs}) > 1
@@ -152,7 +155,8 @@ def table(args, groups, baseline, normalised):
         row = [env] + [label] * (len(labels) > 1) + [str(len(runs))]
         for name in ("train_return", "greedy_mean"):
             x = values(runs, name)
-            row.append("" if np.isnan(x).any() else f"{number(x.mean())} ± {number(x.std())}")
+            spread = f" ± {number(x.std())}" if len(x) > 1 else ""
+            row.append("" if np.isnan(x).any() else number(x.mean()) + spread)
         score = values(runs, args.score)
         row.append("" if np.isnan(score).any() else with_interval(mean, [score]).partition(" ")[2])
         if len(labels) > 1:
@@ -184,8 +188,8 @@ def made_by(groups):
     known = [run.about for runs in groups.values() for run in runs if "command" in run.about]
     seeds = {}
     for about in known:
-        command, _, seed = about["command"].rpartition(" --seed ")
-        seeds.setdefault(command, []).append(int(seed))
+        command = about["command"].removesuffix(f" --seed {about['seed']}")
+        seeds.setdefault(command, []).append(int(about["seed"]))
     distinct = lambda name: ", ".join(sorted({about[name] for about in known}))
     lines = [f"{command} --seed {' '.join(map(str, sorted(n)))}" for command, n in sorted(seeds.items())]
     if not lines:

@@ -1,6 +1,7 @@
 """Where a script's time goes, and how close to the limit it is, on the machine at hand.
 
     python benchmark/speed.py --script pqn_atari_envpool
+    python benchmark/speed.py --script pqn_atari_envpool pqn_atari_lstm                   # and their ratio
     python benchmark/speed.py --script pqn --num-envs 1024 --num-eval-envs 0              # any option of the script
     python benchmark/speed.py --script pqn --num-envs 32 --num-steps 64 --num-minibatches 16 --update-epochs 4 \\
         --hidden-sizes 120 84 --num-eval-envs 0                                           # what CleanRL's pqn.py does
@@ -234,7 +235,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--script", default="pqn", help="the script to measure, without .py")
+    parser.add_argument("--script", nargs="+", default=["pqn"], help="the script to measure, without .py, or several")
     parser.add_argument("--rollouts", type=int, default=24, help="rollouts in each of the three runs")
     parser.add_argument("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure at several values")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results/speed"), help="folder for a sweep")
@@ -246,16 +247,26 @@ def main():
     except ResultError as error:
         fail(error)
     root = Path(__file__).resolve().parents[1]
-    if not (root / f"{args.script}.py").is_file():
-        fail(f"there is no {args.script}.py")
+    for name in args.script:
+        if not (root / f"{name}.py").is_file():
+            fail(f"there is no {name}.py")
+    if args.sweep and len(args.script) > 1:
+        fail("--sweep measures one --script at a time")
     if args.rollouts < WARM_UP + 2:
         fail(f"--rollouts must be at least {WARM_UP + 2}, not {args.rollouts}")
     sys.path.insert(0, str(root))
-    script = importlib.import_module(args.script)
-    name, out = f"{args.script}.py", args.out.resolve()
+    scripts, out = {f"{name}.py": importlib.import_module(name) for name in args.script}, args.out.resolve()
     if not args.sweep:
-        print(show(name, options, measure(script, options, args.rollouts)))
+        cost = {}
+        for name, script in scripts.items():
+            result = measure(script, options, args.rollouts)
+            cost[name] = result["seconds"]["whole script"][0] / result["batch"]
+            print(show(name, options, result), flush=True)
+        first = next(iter(cost))
+        for name in [*cost][1:]:
+            print(f"{name} takes {cost[name] / cost[first]:.2f} times the wall time per step of {first}.")
         return
+    ((name, script),) = scripts.items()
     option, *values = args.sweep
     results = {}
     for value in values:
@@ -265,7 +276,7 @@ def main():
     lines = io.StringIO(f"# {' '.join([name, *options])}; {machine()}\n")
     lines.seek(0, os.SEEK_END)
     csv.writer(lines, lineterminator="\n").writerows(sweep_rows(option, results))
-    path = out / f"{args.script}__{option}.csv"
+    path = out / f"{args.script[0]}__{option}.csv"
     write_whole(path, lines.getvalue())
     plot_sweep(path)
     print(f"{path} and its plot are written")

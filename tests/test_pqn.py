@@ -254,6 +254,14 @@ def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state():
     assert torch.equal(state(results[0])["square"], state(results[1])["square"])
 
 
+def test_minibatches_of_phantoms_are_found_among_shuffled_ones():
+    # Half of each rollout are phantoms, and every minibatch is one transition.
+    sizes = dict(num_envs=2, num_steps=2, num_minibatches=4, num_eval_envs=0, update_epochs=3, total_timesteps=80)
+    folder, checkpoint = train(replace(SMALL, env_id="tiny_envs:BothFlags-v0", **sizes))
+    assert checkpoint["optimizer"]["steps"] == 20 * 3 * 2
+    assert all(math.isfinite(loss) for _, loss in curves(folder)["losses/td_loss"])
+
+
 def test_l2_regularises_the_weights_of_the_last_layer_alone():
     network, _ = network_for()
     obs, actions, targets, real = minibatch()
@@ -486,7 +494,9 @@ def test_interrupted_twice_it_has_the_random_state_of_one_run_and_fresh_environm
     assert torch.equal(torch.get_rng_state(), second["rng_state"])
 
 
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1", "tiny_envs:BothFlags-v0", "Catch-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["FrozenLake-v1", "Blackjack-v1", "tiny_envs:BothFlags-v0", "Catch-v0", "tiny_envs:Scalar-v0"]
+)
 @pytest.mark.parametrize("options", [{}, {"norm_type": "batch_norm", "normalize_input": True}])
 def test_other_observations_and_norms_run(env_id, options):
     folder, checkpoint = train(replace(SMALL, env_id=env_id, **options))
@@ -614,6 +624,32 @@ def test_checkpoints_that_do_not_fit_are_refused_and_execute_nothing(monkeypatch
     assert "baird.py" in refused(*longer)
     torch.save(good | {"args": {"env_id": "CartPole-v1", "from_another_time": 1}}, path)
     assert "another version" in refused(*longer)
+    torch.save(good | {"optimizer": {0: {"step": 3}}}, path)
+    assert "another version" in refused(*longer)
+
+
+def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(monkeypatch, capsys):
+    collect, calls = pqn.Collector.collect, []
+
+    def interrupted(*args):
+        calls.append(len(calls))
+        if len(calls) == 10:  # of 10
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(*args)
+
+    monkeypatch.setattr(pqn.Collector, "collect", interrupted)
+    _, checkpoint = train(SMALL)
+    assert checkpoint["step"] == 320 and "done at step 320" in capsys.readouterr().out
+
+
+def test_what_weights_and_biases_refuses_is_one_line_before_anything_is_written(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("wandb.py").write_text("def init(**_):\n    raise RuntimeError('no API key:\\n log in')")
+    with pytest.raises(SystemExit) as exit:
+        pqn.main(replace(SMALL, track=True))
+    assert exit.value.code == 2 and capsys.readouterr().err.endswith(": no API key: log in\n")
+    assert not Path("runs").exists()
+    sys.modules.pop("wandb")
 
 
 @pytest.mark.parametrize(

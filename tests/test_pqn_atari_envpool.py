@@ -367,6 +367,16 @@ def test_a_captured_function_sees_new_inputs():
         assert torch.equal(double(torch.full((3,), i, device="cuda"), fixed), torch.full((3,), 3 * i, device="cuda"))
 
 
+def test_a_minibatch_of_phantoms_is_no_gradient_step():
+    # Every game is one step long, and every minibatch one transition: half of them are phantoms.
+    sizes = dict(num_envs=2, num_steps=2, num_minibatches=4, num_eval_envs=0, max_episode_steps=1)
+    atari.main(replace(SMALL, total_timesteps=12, **sizes))
+    (folder,) = Path("runs").glob("*")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["optimizer"]["steps"] == 3 * 2 * 2
+    assert all(weights.isfinite().all() for weights in checkpoint["network"].values())
+
+
 @needs_cuda
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"norm_type": "batch_norm"}, {"anneal_lr": True}])
 def test_captured_and_uncaptured_runs_agree(options):

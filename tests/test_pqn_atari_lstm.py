@@ -307,6 +307,16 @@ def test_a_run_can_be_resumed_played_and_filmed():
     assert Path("game.gif").stat().st_size > 1000
 
 
+def test_a_minibatch_of_phantoms_is_no_gradient_step():
+    # Every game is one step long: every second rollout of one step is nothing but phantoms.
+    sizes = dict(num_envs=2, num_steps=1, num_minibatches=2, num_eval_envs=0, max_episode_steps=1)
+    recurrent.main(replace(SMALL, total_timesteps=8, **sizes))
+    (folder,) = Path("runs").glob("*")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["optimizer"]["steps"] == 2 * 2 * 2
+    assert all(weights.isfinite().all() for weights in checkpoint["network"].values())
+
+
 def test_the_same_seed_gives_the_same_weights():
     weights = []
     for _ in range(2):

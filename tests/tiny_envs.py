@@ -56,6 +56,18 @@ class BothFlags(gym.Env):
         return np.ones((2, 3)), 1.0, True, True, {}
 
 
+class Scalar(BothFlags):
+    """Observations without a dimension."""
+
+    observation_space = gym.spaces.Box(-1, 1, ())
+
+    def reset(self, *, seed=None, options=None):
+        return np.float32(0), super().reset(seed=seed)[1]
+
+    def step(self, action):
+        return np.float32(1), *super().step(action)[1:]
+
+
 class BadReward(PaysOne):
     """Pays NaN from the 300th step of an episode on."""
 
@@ -82,5 +94,6 @@ gym.register("TimeLimitedCycle-v0", entry_point=PaysOne, kwargs={"cyclic": True}
 gym.register("Terminating-v0", entry_point=PaysOne, kwargs={"end": 5})
 gym.register("Offset-v0", entry_point=Offset)
 gym.register("BothFlags-v0", entry_point=BothFlags)
+gym.register("Scalar-v0", entry_point=Scalar)
 gym.register("BadReward-v0", entry_point=BadReward)
 gym.register("SameStep-v0", entry_point=PaysOne, vector_entry_point=SameStep)
