@@ -531,7 +531,7 @@ def test_batch_norm_collects_statistics_and_acts_by_them():
     [
         # The best score of Catch is 1, a random one is −0.6; CartPole's are 500 and 22.
         ("Catch-v0", dict(total_timesteps=100_000, learning_rate=1e-3, end_e=0.05), 0.9),
-        ("CartPole-v1", dict(total_timesteps=200_000, learning_rate=5e-4, hidden_sizes=(64, 64)), 400),
+        ("CartPole-v1", dict(total_timesteps=250_000, learning_rate=2.5e-4, hidden_sizes=(128, 128)), 400),
     ],
 )
 def test_it_learns(env_id, options, threshold):
