@@ -460,6 +460,8 @@ class RAdam:
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
+        if size > torch.finfo(torch.float32).max:
+            size = math.inf  # it leaves no finite weight, which stops the run
         longest = 2 / (1 - self.beta2) - 1  # ρ_∞
         length = longest - 2 * t * decay2 / (1 - decay2)  # ρ_t
         rectified = length > 5
