@@ -213,7 +213,10 @@ def main():
         if message != "not started":
             print(f"[{len(outcomes)}/{len(todo)}] {job.name} {outcome}: {message}", flush=True)
 
-    before = {signum: signal.signal(signum, runner.stop) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the list goes on when the terminal is closed
+        caught.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, runner.stop) for signum in caught}
     with ThreadPoolExecutor(workers, initializer=runner.pin) as pool:
         for future in [pool.submit(run, job) for job in todo]:
             future.result()

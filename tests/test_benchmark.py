@@ -195,11 +195,12 @@ def wait_for(pattern, count, process):
         assert process.poll() is None, process.stdout.read()
 
 
-def test_an_interrupt_stops_every_run_in_order_and_the_next_launch_resumes_them(toys, capsys):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_stops_every_run_in_order_and_the_next_launch_resumes_them(signum, toys, capsys):
     waiting = "python toy.py --env-id A-v1 --wait"
     process = launch_in_background([waiting], WORKERS="2", CORES="0", SEEDS="1-3")
     wait_for("runs/toys/*/ready", 2, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(list(Path().glob("runs/toys/*/asked"))) == 2 and len(calls()) == 2
@@ -208,6 +209,18 @@ def test_an_interrupt_stops_every_run_in_order_and_the_next_launch_resumes_them(
 
     assert run_list(toys, [waiting], SEEDS="1-2") == 0
     assert {line.split(" --wait ")[1] for line in calls()[2:]} == {f"--seed {i} --resume runs/run" for i in (1, 2)}
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(toys):
+    Path("toy.py").write_text(TRAIN + "Path('ignored').write_text(str(signal.getsignal(signal.SIGHUP)))\n")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_list(toys, [A]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (ignored,) = Path("runs/toys").glob("*/ignored")  # a run inherits that, but not a handler
+    assert ignored.read_text() == str(int(signal.SIG_IGN))
 
 
 def test_a_second_interrupt_kills_a_run_that_does_not_end(toys):
