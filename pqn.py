@@ -2,7 +2,7 @@
 
 Q-learning without replay buffer and without target network: LayerNorm keeps it stable, many environments stepped
 in parallel make its data diverse, Q(λ) returns make it fast. This file is all of it, for vector or discrete
-observations and discrete actions; equation and algorithm numbers are the paper's.
+observations and discrete actions; equation numbers are the paper's. It ends with main(); bookkeeping follows.
 
     python pqn.py --env-id CartPole-v1
     python pqn.py --env-id my_module:MyEnv-v0 --total-timesteps 200000 --seed 3
@@ -10,8 +10,7 @@ observations and discrete actions; equation and algorithm numbers are the paper'
     python play.py runs/CartPole-v1__pqn__1__1700000000 --video cartpole.mp4
 """
 
-import difflib
-import importlib.util
+import fcntl
 import io
 import math
 import os
@@ -20,119 +19,100 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
+import zipfile
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import envpool
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
+# The type of an option says which values it may have, in words and as a test: see check()
+Count = Annotated[int, "at least 1", lambda x: x >= 1]
+Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
+Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
+
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"
-    """an EnvPool id, or any other Gymnasium id (`module:Name-v0` imports the module first)"""
-    total_timesteps: int = 500_000
-    """environment steps of the whole run, all environments together"""
-    seed: int = 1
-    """seed of the run; every environment draws its own stream from it"""
-    device: str = "auto"
-    """any torch device; "auto" takes CUDA when present"""
-    resume: str | None = None
-    """go on with the run in this folder; the other options default to those it was started with"""
+    env_id: str = "CartPole-v1"  # an EnvPool id, or any other Gymnasium id (`module:Name-v0` imports the module first)
+    total_timesteps: Count = 500_000  # environment steps of the whole run, all environments together
+    seed: Annotated[int, "in [0, 2^63)", lambda x: 0 <= x < 2**63] = 1  # every environment draws its own stream from it
+    device: str = "auto"  # any torch device; "auto" takes CUDA when present
+    compile: bool = False  # compile the gradient step: a minute at the start, less time for each step
+    resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
 
-    num_envs: int = 32
-    """environments stepped in parallel"""
-    num_steps: int = 64
-    """steps in each environment between two rounds of learning"""
-    num_eval_envs: int = 8
-    """further environments that act greedily beside the training ones and are never trained on"""
+    num_envs: Count = 32  # environments stepped in parallel
+    num_steps: Count = 64  # steps in each environment between two rounds of learning
+    # further environments that act greedily beside the training ones and are never trained on
+    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 8
 
-    learning_rate: float = 1e-4
-    """learning rate of RAdam"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0 over the schedule"""
-    schedule_timesteps: int | None = None
-    """environment steps that both schedules (learning rate, ε) are laid out for; the length of the run if not given"""
-    start_e: float = 1.0
-    """ε of the first rollout"""
-    end_e: float = 0.2
-    """ε at the end of its decay"""
-    exploration_fraction: float = 0.2
-    """share of the schedule over which ε decays linearly"""
-    gamma: float = 0.99
-    """discount factor γ"""
-    q_lambda: float = 0.95
-    """λ of the Q(λ) returns; 0 is one-step Q-learning"""
-    num_minibatches: int = 16
-    """minibatches, each one gradient step, that a rollout is divided into"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    max_grad_norm: float = 10.0
-    """the gradient's norm is clipped to this"""
-    reward_scale: float = 0.1
-    """rewards are multiplied by this in the targets, not in the logged returns"""
+    learning_rate: Positive = 1e-4  # learning rate of RAdam
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the schedule
+    # environment steps that both schedules (learning rate, ε) are laid out for; the length of the run if not given
+    schedule_timesteps: Annotated[int | None, "at least 1", lambda x: x is None or x >= 1] = None
+    start_e: Share = 1.0  # ε of the first rollout
+    end_e: Share = 0.2  # ε at the end of its decay
+    exploration_fraction: Share = 0.2  # share of the schedule over which ε decays linearly
+    gamma: Share = 0.99  # discount factor γ
+    q_lambda: Share = 0.95  # λ of the Q(λ) returns; 0 is one-step Q-learning
+    num_minibatches: Count = 16  # minibatches, each one gradient step, that a rollout is divided into
+    update_epochs: Count = 4  # passes over each rollout
+    max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
+    reward_scale: Positive = 0.1  # rewards are multiplied by this in the targets, not in the logged returns
 
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """width of each hidden layer"""
-    norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"
-    """normalisation after each hidden layer, before its ReLU"""
-    normalize_input: bool = False
-    """batch-normalise the observations (§5.5, Fig. 6b)"""
-    l2_coef: float = 0.0
-    """ℓ² regularisation of the output layer's weights: the coefficient of w in Eq. 9"""
+    # width of each hidden layer
+    hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (256, 256)
+    norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # after each hidden layer, before its ReLU
+    normalize_input: bool = False  # batch-normalise the observations (§5.5, Fig. 6b)
+    # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
+    l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
 
-    log_interval: int = 2_000
-    """environment steps between two points of the curves (one rollout at least)"""
-    checkpoint_interval: int = 100_000
-    """environment steps between two checkpoints (there is always one at the end)"""
-    track: bool = False
-    """mirror the curves to Weights & Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "pqn"
-    """the Weights & Biases project"""
-    wandb_entity: str | None = None
-    """the Weights & Biases team"""
+    log_interval: Count = 2_000  # environment steps between two points of the curves (one rollout at least)
+    checkpoint_interval: Count = 100_000  # environment steps between checkpoints (there is always one at the end)
+    track: bool = False  # mirror the curves to Weights & Biases (needs `pip install wandb`)
+    wandb_project_name: str = "pqn"  # the Weights & Biases project
+    wandb_entity: str | None = None  # the Weights & Biases team
 
 
 # ------------------------------------------------------------------------------------------------ environments
-
-
 def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
     """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
     copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"render_mode": "rgb_array"} if render else {}
-    on_envpool = args.env_id in envpool.list_all_envs()
+    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings():  # about the precision of the bounds of observation spaces
             warnings.simplefilter("ignore")
-            if on_envpool:
-                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **kwargs)
-                spaces(envs)
-                return envs
-            envs = gym.make_vec(args.env_id, num_envs=num_envs, **kwargs)
-            # Not a list for an environment that comes vectorised: its copies share one random stream.
-            envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
-            return envs
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    known = [*envpool.list_all_envs(), *gym.registry]
-    if ":" in args.env_id or args.env_id in known:
-        fail(f"cannot make {args.env_id}: {reason}")
-    close = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5)
-    fail(f"unknown environment {args.env_id!r}" + (f", did you mean {' or '.join(close)}?" if close else ""))
+            if args.env_id in envpool.list_all_envs():
+                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+            else:
+                envs = gym.make_vec(args.env_id, **kwargs)
+                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
+            observation_space, action_space = spaces(envs)
+    except Exception as error:  # Gymnasium's says what the name may have been meant to be
+        fail(f"cannot make {args.env_id}: {error}")
+    if not isinstance(action_space, gym.spaces.Discrete):
+        fail(f"{args.env_id} has {action_space} actions: PQN needs Discrete ones")
+    if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
+        fail(f"{args.env_id} has {observation_space} observations: PQN needs Box or Discrete ones, and not empty")
+    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+        fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
+    return envs
 
 
 def spaces(envs):
@@ -145,68 +125,12 @@ def spaces(envs):
 def step_envs(envs, actions):
     """One step of every environment, in NumPy arrays.
 
-    EnvPool and Gymnasium reset on the *next* step: `obs` is the true successor even where an episode ends, and the
-    step after it is a phantom, which ignores its action and only brings the first observation of a new episode.
-    `score` and `over` are the reward and the end of the episode as a person would count them.
+    EnvPool and Gymnasium reset on the step *after* an episode's end. So `obs` is the true successor even where an
+    episode ends, and the step after it is a phantom: its action is ignored, it only brings a new episode's first
+    observation. `score` and `over` are what the logged returns count: on Atari they differ from what is learned from.
     """
     obs, rewards, terminated, truncated, _ = envs.step(actions.astype(np.int32) + int(spaces(envs)[1].start))
     return obs, rewards, terminated, truncated, rewards, terminated | truncated
-
-
-class Collector:
-    """Steps the environments and stores what they do. The training environments come first; those after them act
-    greedily, are counted apart and are not stored."""
-
-    def __init__(self, envs, network, args: Args, device):
-        observation_space, action_space = spaces(envs)
-        T, N, num_envs = args.num_steps, args.num_envs, args.num_envs + args.num_eval_envs
-        self.envs, self.device, self.num_actions = envs, device, int(action_space.n)
-        self.act = partial(act, network)
-        dtype = torch.int64 if isinstance(observation_space, gym.spaces.Discrete) else torch.float32
-        shape, on_cuda = observation_space.shape, device.type == "cuda"
-        self.host_obs = torch.zeros((num_envs, *shape), dtype=dtype, pin_memory=on_cuda)
-        self.obs = self.host_obs.to(device)  # the same tensor on a CPU
-        self.stored_obs = torch.zeros((T, N, *shape), dtype=dtype, device=device)
-        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-        self.values = torch.zeros((T + 1, N), device=device)
-        # These stay on the host until the rollout is over.
-        self.rewards = np.zeros((T, N), dtype=np.float32)
-        self.terminated, self.truncated, self.phantom = (np.zeros((T, N), dtype=bool) for _ in range(3))
-        self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-        self.observe(envs.reset()[0])
-
-    def observe(self, obs):
-        self.host_obs.copy_(torch.from_numpy(obs))
-        self.obs.copy_(self.host_obs, non_blocking=True)
-
-    def collect(self, epsilon):
-        """One rollout: its tensors (T, N), values with a row more, and the (environment, return, length) of the
-        episodes that ended in it, in the training and in the greedy environments."""
-        T, N = self.rewards.shape
-        finished, finished_eval = [], []
-        # Drawn on the host, so that every device explores alike
-        explore = (torch.rand(T, N) < epsilon).to(self.device)
-        random_actions = torch.randint(self.num_actions, (T, N)).to(self.device)
-        for t in range(T):
-            self.stored_obs[t] = self.obs[:N]
-            actions, self.values[t] = self.act(self.obs, explore[t], random_actions[t])
-            self.actions[t] = actions[:N]
-            self.phantom[t] = self.ended[:N]
-            obs, rewards, terminated, truncated, score, over = step_envs(self.envs, actions.cpu().numpy())
-            self.observe(obs)
-            self.rewards[t], self.terminated[t], self.truncated[t] = rewards[:N], terminated[:N], truncated[:N]
-            self.returns += score
-            self.lengths += ~self.ended
-            self.ended = terminated | truncated
-            for i in np.flatnonzero(over):
-                (finished if i < N else finished_eval).append((int(i), float(self.returns[i]), int(self.lengths[i])))
-                self.returns[i] = self.lengths[i] = 0
-        _, self.values[T] = self.act(self.obs, explore[0], random_actions[0])
-        on_host = self.rewards, self.terminated, self.truncated, ~self.phantom
-        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
-        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
-        return rollout, finished, finished_eval
 
 
 @torch.no_grad()
@@ -218,9 +142,65 @@ def act(network, obs, explore, random_actions):
     return actions, values[:N]
 
 
+class Collector:
+    """Steps the environments and stores what they do. The first N are trained on and stored; those after them act
+    greedily, and only their returns are kept."""
+
+    def __init__(self, envs, network, args: Args, device):
+        obs = torch.from_numpy(envs.reset()[0])
+        T, N, num_envs = args.num_steps, args.num_envs, args.num_envs + args.num_eval_envs
+        self.envs, self.device, self.num_actions = envs, device, int(spaces(envs)[1].n)
+        self.act = partial(act, network)
+        dtype = obs.dtype if obs.dtype in (torch.uint8, torch.int32, torch.int64) else torch.float32
+        self.host_obs = torch.zeros(obs.shape, dtype=dtype, pin_memory=device.type == "cuda")
+        self.obs = self.host_obs.to(device)  # the same tensor on a CPU
+        self.stored_obs = torch.zeros((T, N, *obs.shape[1:]), dtype=dtype, device=device)
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        self.values = torch.zeros((T + 1, N), device=device)
+        # These stay on the host until the rollout is over
+        self.rewards = np.zeros((T, N), dtype=np.float32)
+        self.terminated, self.truncated, self.real = (np.zeros((T, N), dtype=bool) for _ in range(3))
+        self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
+        self.observe(obs.numpy())
+
+    def observe(self, obs):
+        np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
+        self.obs.copy_(self.host_obs, non_blocking=True)
+
+    def collect(self, epsilon):
+        """One rollout: tensors of T × N, `values` with a row more; and (environment, return, length) of the episodes
+        that ended in it, in the training environments and in the greedy ones."""
+        (T, N), (rank, ranks) = self.rewards.shape, processes()
+        episodes, eval_episodes, mine = [], [], slice(rank * N, (rank + 1) * N)
+        # Drawn on the host and for all processes, so that every device and any number of them explore alike
+        explore = (torch.rand(T, N * ranks)[:, mine] < epsilon).to(self.device)
+        random_actions = torch.randint(self.num_actions, (T, N * ranks))[:, mine].to(self.device)
+        for t in range(T):
+            self.stored_obs[t] = self.obs[:N]
+            actions, self.values[t] = self.act(self.obs, explore[t], random_actions[t])
+            self.actions[t] = actions[:N]
+            self.real[t] = ~self.ended[:N]
+            obs, rewards, terminated, truncated, score, over = step_envs(self.envs, actions.cpu().numpy())
+            self.observe(obs)
+            self.rewards[t], self.terminated[t], self.truncated[t] = rewards[:N], terminated[:N], truncated[:N]
+            self.returns += score
+            self.lengths += ~self.ended
+            self.ended = terminated | truncated
+            for i in np.flatnonzero(over):
+                kept = episodes if i < N else eval_episodes
+                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i] = self.lengths[i] = 0
+        _, self.values[T] = self.act(self.obs, explore[0], random_actions[0])  # its actions are not used
+        if not np.isfinite(self.rewards).all():
+            raise FloatingPointError("the environment returned a reward that is not finite")
+        on_host = self.rewards, self.terminated, self.truncated, self.real
+        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
+        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
+        return rollout, episodes, eval_episodes
+
+
 # ----------------------------------------------------------------------------------------------------- network
-
-
 class QNetwork(nn.Module):
     """Linear → norm → ReLU for each hidden layer, then a linear layer to one value per action (Eq. 5)."""
 
@@ -238,28 +218,26 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         if self.discrete:
-            obs = F.one_hot(obs - self.first, self.inputs)
+            obs = F.one_hot(obs.long() - self.first, self.inputs)
         return self.head(self.body(obs.reshape(len(obs), -1).float()))
 
 
 def norm_layer(norm_type, size):
     if norm_type == "layer_norm":
-        return nn.LayerNorm(size, eps=1e-6)  # Eq. 6, its 1/√k aside; learned scale and shift
-    # Flax, which the authors use, keeps 0.99 of the running statistics at each step: PyTorch's momentum 0.01.
+        return nn.LayerNorm(size, eps=1e-6)  # Eq. 6 without its factor 1/√k, with a learned scale and shift
+    # Flax, which the authors use, keeps 0.99 of the running statistics at each step: PyTorch's momentum 0.01
     return nn.BatchNorm1d(size, momentum=0.01) if norm_type == "batch_norm" else nn.Identity()
 
 
 def initialise(layer, scale):
-    """Weights as Flax draws them: He-normal for scale 2, LeCun-normal for 1, cut off at 2σ; no bias at first."""
-    std = math.sqrt(scale / layer.weight[0].numel()) / 0.87962566103423978  # the σ of what the cut leaves of N(0, 1)
+    """Weights as in Flax: a normal distribution cut off at 2σ, He's for scale 2 and LeCun's for 1; biases 0."""
+    std = math.sqrt(scale / layer.weight[0].numel()) / 0.87962566103423978  # the σ of N(0, 1) after the cut
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 # ---------------------------------------------------------------------------------------------- Q(λ) and learning
-
-
 def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lambda: float):
     """λ-returns (Algorithm 1, line 10), backwards in time from R_T = max_a Q(s_T, a):
 
@@ -267,260 +245,232 @@ def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lam
         R_t = r_t + γ max_a Q(s_{t+1}, a)                          where it is cut short there,
         R_t = r_t + γ [λ R_{t+1} + (1 − λ) max_a Q(s_{t+1}, a)]    everywhere else.
 
-    rewards, terminated, truncated: (T, N); values: (T + 1, N), max_a Q(s_t, a). The step after the end of an episode
-    is a phantom: its target means nothing and is never used, and no trace leads from it to a real step.
+    rewards, terminated, truncated: (T, N); values: (T + 1, N), max_a Q(s_t, a). The target of a phantom step means
+    nothing: td_loss() leaves it out, and no trace leads from it to a real step.
     """
     trace = gamma * q_lambda * ~(terminated | truncated)
-    # R_t = base_t + trace_t R_{t+1}: all but the recursion in one go
+    # The weight of max_a Q(s_{t+1}, a) is 0 in the first case, γ in the second and γ − γλ in the third
     base = rewards + (gamma * ~terminated - trace) * values[1:]
     targets = torch.empty_like(rewards)
     future = values[-1]
-    for t in reversed(range(len(rewards))):
+    for t in reversed(range(len(rewards))):  # R_t = base_t + trace_t R_{t+1}
         future = torch.addcmul(base[t], trace[t], future, out=targets[t])
     return targets
 
 
-def td_loss(network, obs, actions, targets, real, l2_coef: float):
-    """½ mean (R − Q(s, a))² over the real transitions of a minibatch (Algorithm 1, line 14); their mean Q(s, a)."""
+def td_loss(network, obs, actions, targets, real, count, l2_coef: float):
+    """½ mean (R − Q(s, a))² over the `count` real transitions of a minibatch (Algorithm 1, line 14); their mean
+    Q(s, a). Several processes count them together: each has its part of these means, and of the gradient."""
     q_values = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
     errors = torch.where(real, targets - q_values, 0.0)
-    count = real.sum()
     loss = 0.5 * errors.square().sum() / count
     if l2_coef:  # its gradient is the coefficient times w, the last layer's part of Eq. 9
         loss = loss + 0.5 * l2_coef * network.head.weight.square().sum()
     return loss, torch.where(real, q_values.detach(), 0.0).sum() / count
 
 
-def flatten_parameters(network):
-    """Moves all parameters into one tensor and their gradients into another, of which the network sees views:
-    clipping and RAdam then take a handful of operations, not a handful per layer."""
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in network.parameters()]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in network.parameters():
-        part = slice(start, start + p.numel())
-        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
-        start += p.numel()
-    return flat
-
-
 class RAdam:
-    """The update of torch.optim.RAdam (Liu et al., 2020) on a single tensor, with far less overhead. prepare() comes
-    before each step() and sets its two step sizes: tensors, where a CUDA graph of step() finds them."""
+    """Clipping, then the update of torch.optim.RAdam (Liu et al., 2020). All weights lie in one tensor and all
+    gradients in another, of which the network sees views: a dozen operations a step, not a dozen per layer."""
 
-    def __init__(self, parameters, beta1=0.9, beta2=0.999, eps=1e-8):
-        self.parameters, self.steps = parameters, 0
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.mean, self.square = torch.zeros_like(parameters.data), torch.zeros_like(parameters.data)
-        self.plain, self.adaptive = (torch.zeros((), device=parameters.device) for _ in range(2))
+    def __init__(self, network, max_grad_norm, beta1=0.9, beta2=0.999, eps=1e-8):
+        self.max_grad_norm, self.beta1, self.beta2, self.eps = max_grad_norm, beta1, beta2, eps
+        layers = list(network.parameters())
+        sizes = [p.numel() for p in layers]
+        self.weights = torch.cat([p.detach().flatten() for p in layers])
+        self.gradient, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
+        for p, weights, gradient in zip(layers, self.weights.split(sizes), self.gradient.split(sizes), strict=True):
+            p.data, p.grad = weights.view_as(p), gradient.view_as(p)
+        self.steps = 0
+        self.plain, self.adaptive = self.weights.new_zeros(2)  # see prepare()
 
     def prepare(self, learning_rate):
-        """Plain momentum, until enough gradients (ρ_t > 5) make the adaptive step reliable."""
+        """Says how far the next step() goes: in tensors, so that a compiled step is the same one for every length."""
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
-        if size > torch.finfo(torch.float32).max:
-            size = math.inf  # it leaves no finite weight, which stops the run
-        longest = 2 / (1 - self.beta2) - 1  # ρ_∞
-        length = longest - 2 * t * decay2 / (1 - decay2)  # ρ_t
-        rectified = length > 5
+        rho_inf = 2 / (1 - self.beta2) - 1
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: `square` is as good as the mean of so many gradients
+        rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
-            trust = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)  # r_t²
+            trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
             size *= math.sqrt(trust * (1 - decay2))
         self.plain.fill_(0.0 if rectified else size)
         self.adaptive.fill_(size if rectified else 0.0)
 
     def step(self):
-        gradient = self.parameters.grad
-        self.mean.lerp_(gradient, 1 - self.beta1)
-        self.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        self.parameters.data.sub_(self.mean * (self.adaptive / (self.square.sqrt() + self.eps) + self.plain))
-
-    def state_dict(self):
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
-        self.steps = state["steps"]
+        """Moves the weights along the clipped gradient; returns its norm before clipping."""
+        norm = self.gradient.norm()
+        self.gradient.mul_((self.max_grad_norm / norm).clamp(max=1.0))
+        self.mean.lerp_(self.gradient, 1 - self.beta1)
+        self.square.mul_(self.beta2).addcmul_(self.gradient, self.gradient, value=1 - self.beta2)
+        self.weights.sub_(self.mean * (self.adaptive / (self.square.sqrt() + self.eps) + self.plain))
+        return norm
 
 
-def train_step(network, parameters, optimizer, args: Args, *minibatch):
-    """One gradient step on a minibatch (obs, actions, targets, real); the loss, the mean Q-value and the norm of the
-    gradient."""
+def train_step(network, optimizer, args: Args, *minibatch):
+    """One gradient step on a minibatch (obs, actions, targets, real, count); loss, mean Q-value, gradient norm."""
     loss, q_value = td_loss(network, *minibatch, args.l2_coef)
-    parameters.grad.zero_()
+    optimizer.gradient.zero_()
     loss.backward()
-    grad_norm = parameters.grad.norm()
-    parameters.grad.mul_((args.max_grad_norm / grad_norm).clamp(max=1.0))
-    optimizer.step()
-    return torch.stack([loss.detach(), q_value, grad_norm])
+    add_up(optimizer.gradient)
+    return torch.stack([loss.detach(), q_value, optimizer.step()])
 
 
-def why_not_finite(metrics, rewards):
-    """What to tell the user when a loss or a gradient is not finite."""
-    if not np.isfinite(rewards).all():
-        return "the environment returned a reward that is not finite"
-    name = "a weight" if metrics.isfinite().all() else "a gradient" if metrics[0].isfinite() else "the loss"
-    return f"{name} is not finite: rewards or --learning-rate too high, or an observation that is not finite"
+def minibatches(data, args: Args):
+    """--update-epochs times the rollout, shuffled and cut into --num-minibatches, each with the number of its real
+    transitions; and how many epochs are over before it. One of nothing but phantoms is left out."""
+    data = [x.flatten(0, 1) for x in data]
+    real = data[-1]
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(len(real)).to(real.device)
+        counts = add_up(real[order].view(args.num_minibatches, -1).sum(1))
+        parts = zip(*(x[order].chunk(args.num_minibatches) for x in data), counts, strict=True)
+        for i, (part, any_real) in enumerate(zip(parts, counts.tolist(), strict=True)):
+            if any_real:
+                yield epoch + i / args.num_minibatches, part
 
 
 def linear_schedule(start, end, step, duration):
     return start + (end - start) * min(1.0, step / duration) if duration else end
 
 
-# ------------------------------------------------------------------------------- errors, progress and checkpoints
-
-
-def fail(message):
-    """Ends the program for a reason that the user can mend."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check(args: Args, envs=None):
-    """Every reason to refuse a run: those in the options and, given `envs`, those in the environment."""
-    given = {name: (f"--{name.replace('_', '-')}", value) for name, value in asdict(args).items()}
-    counts = "total_timesteps num_envs num_steps num_minibatches update_epochs log_interval checkpoint_interval".split()
-    shares = "gamma q_lambda start_e end_e exploration_fraction".split()
-    rates = "learning_rate max_grad_norm reward_scale".split()
+# -------------------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    # Set up: nothing is written before everything has been checked
+    device = pick_device(args.device)
+    rank, ranks = processes()
+    check(args)
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
     batch_size = args.num_envs * args.num_steps
+    if step + batch_size > args.total_timesteps:
+        fail(f"{args.resume} has done {step} steps already: ask for more with --total-timesteps")
+    # Saved with the run, so that --resume with a longer --total-timesteps does not stretch the schedules
+    args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
+    horizon, final_rate = args.schedule_timesteps, 0.0 if args.anneal_lr else args.learning_rate
+    mine = replace(args, num_envs=args.num_envs // ranks, num_eval_envs=args.num_eval_envs * (rank == 0))
+    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # fresh after --resume
+    torch.manual_seed(args.seed)
+    network = QNetwork(*spaces(envs), args)
+    optimizer = RAdam(network.to(device), args.max_grad_norm)
+    if checkpoint:
+        restore(checkpoint, network, optimizer)
+    if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 300_000:
+        torch.set_num_threads(1)  # so small a network is slower on two threads, which wait for each other
+    learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, args)
+    collector = Collector(envs, network, mine, device)
+    run = Run(args, optimizer.weights, checkpoint)
+
+    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+        while step + batch_size <= args.total_timesteps and not run.stopped:
+            # Collect
+            epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)
+            network.eval()
+            rollout, episodes, eval_episodes = collector.collect(epsilon)
+            obs, actions, rewards, values, terminated, truncated, real = rollout
+
+            # Compute targets
+            scaled = rewards * args.reward_scale
+            targets = q_lambda_targets(scaled, values, terminated, truncated, args.gamma, args.q_lambda)
+
+            # Learn
+            network.train()
+            metrics, updates = torch.zeros(3, device=device), 0
+            for epochs, minibatch in minibatches((obs, actions, targets, real), args):
+                done = step + batch_size * epochs / args.update_epochs
+                learning_rate = linear_schedule(args.learning_rate, final_rate, done, horizon)
+                optimizer.prepare(learning_rate)
+                metrics += learn(*minibatch)
+                updates += 1
+            if not (metrics.isfinite().all() & optimizer.weights.isfinite().all()):
+                raise FloatingPointError("the loss or a weight is not finite: --learning-rate or rewards too high?")
+            step += batch_size
+
+            # Log
+            run.log(step, epsilon, learning_rate, (episodes, eval_episodes), metrics, updates)
+
+            # Checkpoint
+            if step % args.checkpoint_interval < batch_size:
+                run.save(step, network, optimizer)
+        run.save(step, network, optimizer)
+    run.finish(step)
+
+
+# ------------------------------------------------------------------------------------------------- bookkeeping
+def fail(message, code=2):
+    """Ends the program with one line for the user; with code 2, nothing has been written."""
+    if processes()[0] == 0:
+        print("error:", " ".join(message.split())[:500], file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args():
+    """The command line, where 1e6 is a whole number. With --resume, it replaces options of the run that goes on."""
+    whole = lambda match: f"{float(match[0]):.0f}" if float(match[0]).is_integer() else match[0]
+    words = [re.sub(r"(?<![^=])\d+(\.\d+)?e\d+$", whole, word) for word in sys.argv[1:]]
+    args = tyro.cli(Args, args=words)
+    if args.resume is not None:
+        saved = Args(**load_checkpoint(args.resume)["args"])
+        args = tyro.cli(Args, args=words, default=saved)
+        if args.env_id != saved.env_id:
+            fail(f"the checkpoint in {args.resume} is of {saved.env_id}, not of {args.env_id}")
+    return args
+
+
+def check(args: Args):
+    """Refuses options that are out of range or do not fit together."""
+    for option in fields(args):
+        words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
+        if not allowed(value := getattr(args, option.name)):
+            fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
+    batch_size, ranks = args.num_envs * args.num_steps, processes()[1]
+    if args.num_envs % ranks:
+        fail(f"--num-envs {args.num_envs} cannot be shared out evenly among {ranks} processes")
+    if batch_size // ranks % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {batch_size // ranks} steps")
     uses_batch_norm = args.norm_type == "batch_norm" or args.normalize_input
-    checks = [
-        *[(value < 1, f"{option} must be at least 1, not {value}") for option, value in map(given.get, counts)],
-        *[
-            (not 0 <= value <= 1, f"{option} must lie in [0, 1], not {value}")
-            for option, value in map(given.get, shares)
-        ],
-        *[
-            (not 0 < value < math.inf, f"{option} must be positive and finite, not {value}")
-            for option, value in map(given.get, rates)
-        ],
-        (not 0 <= args.l2_coef < math.inf, f"--l2-coef must be finite and not negative, not {args.l2_coef}"),
-        (args.num_eval_envs < 0, f"--num-eval-envs must not be negative, not {args.num_eval_envs}"),
-        (not 0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), not {args.seed}"),
-        (min(args.hidden_sizes, default=1) < 1, f"--hidden-sizes must be at least 1 each, not {args.hidden_sizes}"),
-        (
-            batch_size % max(args.num_minibatches, 1) > 0,
-            f"--num-minibatches {args.num_minibatches} does not divide the {batch_size} steps of a rollout "
-            f"(--num-envs {args.num_envs} × --num-steps {args.num_steps})",
-        ),
-        (
-            uses_batch_norm and batch_size == args.num_minibatches,
-            "batch norm needs minibatches of two steps or more: lower --num-minibatches",
-        ),
-        (
-            args.total_timesteps < batch_size,
-            f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size} steps",
-        ),
-        (
-            args.schedule_timesteps is not None and args.schedule_timesteps < 1,
-            f"--schedule-timesteps must be at least 1, not {args.schedule_timesteps}",
-        ),
-        (
-            args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None,
-            "--track needs Weights & Biases: pip install wandb",
-        ),
-    ]
-    if envs is not None:
-        observation_space, action_space = spaces(envs)
-        reset_mode = envs.metadata.get("autoreset_mode")
-        checks += [
-            (
-                not isinstance(action_space, gym.spaces.Discrete),
-                f"{args.env_id} has {action_space} actions: PQN needs Discrete ones",
-            ),
-            (
-                not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete),
-                f"{args.env_id} has {type(observation_space).__name__} observations: PQN needs Box or Discrete ones",
-            ),
-            (
-                reset_mode != AutoresetMode.NEXT_STEP,
-                f"{args.env_id} resets in mode {reset_mode}: PQN needs AutoresetMode.NEXT_STEP",
-            ),
-        ]
-    for wrong, message in checks:
-        if wrong:
-            fail(message)
+    if uses_batch_norm and (batch_size == args.num_minibatches or ranks > 1):
+        fail("batch norm needs two steps or more in a minibatch, and all of them in one process")
+    if args.total_timesteps < batch_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size} steps")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler: install g++, or name another one in CXX")
 
 
 def pick_device(name):
+    """The device, tried out and with its index. "auto" is this process's GPU, and the CPU where there is none."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        device = torch.zeros(1, device=device).cpu().to(device).device  # tried out, and with its index
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
+        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        there = torch.zeros(1, device=auto if name == "auto" else name)
+        there.cpu()
+        if there.device.type == "cuda":
+            torch.cuda.set_device(there.device)
+        return there.device
     except Exception as error:
-        fail(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}")
+        fail(f"--device {name} cannot be used: {error}")
 
 
-def open_run(args, first_step):
-    """The run's folder and its TensorBoard writer."""
-    name, started = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
-    try:
-        while (folder := Path("runs", f"{name}__{Path(__file__).stem}__{args.seed}__{started}")).exists():
-            started += 1
-        folder = folder if args.resume is None else Path(args.resume)
-        if args.track:
-            import wandb
-
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=folder.resolve().name,
-                config=asdict(args),
-                sync_tensorboard=True,
-                resume="allow",
-            )
-        folder.mkdir(parents=True, exist_ok=args.resume is not None)
-        # Points that a killed run wrote after its last checkpoint are dropped.
-        writer = SummaryWriter(folder, purge_step=None if args.resume is None else first_step + 1)
-    except Exception as error:  # of the file system or of Weights & Biases
-        fail(f"cannot open the run {folder}: {' '.join(str(error).split())}")
-    rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", first_step)
-    return folder, writer
+def processes():
+    """Which of the processes that torchrun started this is, and how many they are; 0 and 1 without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Progress:
-    """One live line on a terminal, a plain line every ten seconds in a pipe."""
-
-    def __init__(self, args, first_step):
-        self.total, self.first_step, self.live = args.total_timesteps, first_step, sys.stdout.isatty()
-        self.started = self.shown = time.monotonic()
-
-    def speed(self, step):
-        return (step - self.first_step) / (time.monotonic() - self.started)
-
-    def show(self, step, last_returns, eval_returns, epsilon):
-        if time.monotonic() - self.shown < (0.2 if self.live else 10):
-            return
-        self.shown = time.monotonic()
-        left = timedelta(seconds=int((self.total - step) / self.speed(step)))
-        train, greedy = (f"{np.mean(returns):.1f}" if returns else "-" for returns in (last_returns, eval_returns))
-        line = f"{step:,}/{self.total:,} steps, {self.speed(step):,.0f}/s, {left} left, "
-        line += f"return {train}, greedy {greedy}, ε {epsilon:.3f}"
-        if self.live:
-            line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-        print(line, end="" if self.live else "\n", flush=True)
-
-    def close(self):
-        print("\r\033[K" if self.live else "", end="", flush=True)
+def add_up(tensor):
+    """Replaces the tensor by its sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def save_checkpoint(folder, checkpoint):
-    """Written beside the old one and then put in its place, so that there is a whole one at any time."""
-    unfinished, content = folder / "checkpoint.pt.tmp", io.BytesIO()
-    torch.save(checkpoint, content)  # not into the file: its error on a full disk hides the system's
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, folder / "checkpoint.pt")
-    finally:
-        unfinished.unlink(missing_ok=True)
+def gather(x):
+    """The x of every process."""
+    everyone = [x] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def load_checkpoint(folder, script=Path(__file__).stem):
@@ -529,180 +479,152 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
-        needed = {"script", "args", "step", "network", "optimizer", "rng_state", "last_returns", "eval_returns"}
-        whole = needed <= set(checkpoint) and "env_id" in checkpoint["args"]
-    except Exception:
-        whole = False
-    if not whole:
-        fail(f"{path} is broken, or no checkpoint of this project")
-    if checkpoint["script"] != script:
-        fail(f"{path} was made by {checkpoint['script']}.py, not by {script}.py")
-    return checkpoint
+        if zipfile.ZipFile(path).testzip():  # checks the sums that torch.load() does not look at
+            raise ValueError("its data are damaged")
+        if checkpoint["script"] != script:
+            raise ValueError(f"it was made by {checkpoint['script']}.py")
+        sum([checkpoint["step"], *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # if these are numbers
+        check(Args(**checkpoint["args"]))
+        return checkpoint
+    except Exception as error:
+        fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")
 
 
-def parse_args():
-    """The command line. With --resume, what it does not say is as in the run that goes on."""
-    args = tyro.cli(Args)
-    if args.resume is None:
-        return args
-    saved = load_checkpoint(args.resume)["args"]
+def restore(checkpoint, network, optimizer):
     try:
-        args = tyro.cli(Args, default=Args(**saved))
-    except TypeError:
-        fail(f"the checkpoint in {args.resume} was made by another version of this script")
-    if args.env_id != saved["env_id"]:
-        fail(f"the checkpoint in {args.resume} is of {saved['env_id']}, not of {args.env_id}")
-    return args
+        network.load_state_dict(checkpoint["network"])
+        optimizer.mean.copy_(checkpoint["optimizer"]["mean"])
+        optimizer.square.copy_(checkpoint["optimizer"]["square"])
+        optimizer.steps = int(checkpoint["optimizer"]["steps"])
+        torch.set_rng_state(checkpoint["rng_state"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        fail(f"the checkpoint is of another network, environment or version: {error}")
 
 
-@contextmanager
-def stop_on_signal():
-    """A list that the first Ctrl-C or SIGTERM enters, so that the run ends in order. A second one ends it at once."""
-    signals = []
+class Run:
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
-    def note(signum, _):
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+    def __init__(self, args: Args, weights, checkpoint):
+        checkpoint = checkpoint or {"step": 0, "last_returns": [], "eval_returns": []}
+        self.args, self.first_step, self.stopped, self.live = args, checkpoint["step"], 0, sys.stdout.isatty()
+        self.last_returns = [deque(checkpoint[name], 100) for name in ("last_returns", "eval_returns")]
+        self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0  # since the last point of the curves
+        self.started = self.shown = time.monotonic()
+        name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+        self.folder = Path(args.resume or f"runs/{name}__{time.time_ns() // 1_000_000}")
+        if processes()[0] > 0:  # the first process writes and shows what all of them do
+            return
+        try:
+            if args.track:
+                import wandb
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for signum, handler in before.items():
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "sync_tensorboard": True}
+                wandb.init(**names, id=self.folder.resolve().name, config=asdict(args), resume="allow")
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it ends
+            # Points that a killed run wrote after its last checkpoint are dropped
+            self.writer = SummaryWriter(self.folder, purge_step=self.first_step + 1 if args.resume else None)
+        except Exception as error:  # of the file system or of Weights & Biases
+            reason = "another process is at work in it" if isinstance(error, BlockingIOError) else error
+            fail(f"cannot open the run {self.folder}: {reason}")
+        rows = [f"|{name}|{value}|\n" for name, value in (asdict(args) | {"device": weights.device}).items()]
+        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{''.join(rows)}", self.first_step)
+        device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
+        print(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters", flush=True)
+        if args.compile:
+            print("the gradient step is compiled first, which takes up to a minute", flush=True)
+        if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
+            print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
+
+    def log(self, step, epsilon, learning_rate, episodes, metrics, updates):
+        """A point of every curve, the mean since the last one, when --log-interval is over; and the progress line."""
+        stopped, lists, sums = zip(*gather((self.stopped, episodes, metrics.tolist())), strict=True)
+        self.stopped = max(stopped)  # several processes stop after the same rollout
+        self.metrics += np.sum(sums, 0) / (1, 1, len(sums))  # each has its part of the first two, and the whole norm
+        self.updates += updates
+        for ended_in_one in lists:
+            for kept, last, ended in zip(self.episodes, self.last_returns, ended_in_one, strict=True):
+                kept.extend(ended)
+                last.extend(episode_return for _, episode_return, _ in ended)
+        if processes()[0] > 0:
+            return
+        total, batch_size, now = self.args.total_timesteps, self.args.num_envs * self.args.num_steps, time.monotonic()
+        speed = (step - self.first_step) / (now - self.started)
+        if step % self.args.log_interval < batch_size or step + batch_size > total:
+            points = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+            if self.updates:
+                names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+                points |= zip(names, self.metrics / self.updates, strict=True)
+            for group, ended in zip(("charts", "eval"), self.episodes, strict=True):
+                if ended:
+                    _, points[f"{group}/episodic_return"], points[f"{group}/episodic_length"] = np.mean(ended, axis=0)
+            for name, value in points.items():
+                self.writer.add_scalar(name, value, step)
+            self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
+        if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
+            self.shown, left = now, timedelta(seconds=int((total - step) / speed))
+            words = [f"{step:,}/{total:,} steps", f"{speed:,.0f}/s", f"{left} left", self.summary(), f"ε {epsilon:.3f}"]
+            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
+                words.pop()
+            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+
+    def summary(self):
+        train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy {greedy}"
+
+    def save(self, step, network, optimizer):
+        """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
+        if processes()[0] > 0:
+            return
+        content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
+        state = {"script": Path(__file__).stem, "args": asdict(self.args), "step": step}
+        state |= {"network": network.state_dict(), "rng_state": torch.get_rng_state()}
+        state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
+        state |= zip(("last_returns", "eval_returns"), map(list, self.last_returns), strict=True)
+        torch.save(state, content)  # to memory: on a full disk torch.save() does not say what is wrong
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.folder / "checkpoint.pt")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self.writer.flush()
+
+    def finish(self, step):
+        done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
+        if processes()[0] == 0:
+            self.writer.close()
+            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.summary()}")
+            print("evaluate and watch with python play.py" if done else "go on with --resume", self.folder, flush=True)
+        if not done:
+            raise SystemExit(128 + self.stopped)
+
+    def __enter__(self):
+        def stop(signum, _):
+            self.stopped = signum
+            signal.signal(signum, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this rollout\n")
+
+        signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+        self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+
+    def __exit__(self, kind, error, where):
+        for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-
-
-# -------------------------------------------------------------------------------------------------------- main
-
-
-def main(args: Args):
-    # Set up: nothing is written before everything has been checked
-    check(args)
-    device = pick_device(args.device)
-    # The horizon is saved, so that a resumed run keeps it.
-    args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
-    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-    global_step = first_step = checkpoint["step"] if checkpoint else 0
-    batch_size = args.num_envs * args.num_steps
-    minibatch_size = batch_size // args.num_minibatches
-    if first_step + batch_size > args.total_timesteps:
-        fail(f"{args.resume} has done {first_step} steps already: ask for more with --total-timesteps")
-    envs = make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, first_step))  # fresh seeds after --resume
-    check(args, envs)
-    torch.manual_seed(args.seed)
-    network = QNetwork(*spaces(envs), args)
-    if checkpoint:
-        try:
-            network.load_state_dict(checkpoint["network"])
-        except RuntimeError:
-            fail(f"the checkpoint in {args.resume} is of another network or another environment")
-    network.to(device)
-    parameters = flatten_parameters(network)
-    optimizer = RAdam(parameters)
-    train = partial(train_step, network, parameters, optimizer, args)
-    collector = Collector(envs, network, args, device)
-    last_returns, eval_returns = deque(maxlen=100), deque(maxlen=100)
-    if checkpoint:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["rng_state"])
-        except (KeyError, RuntimeError, TypeError):
-            fail(f"the checkpoint in {args.resume} was made by another version of this script")
-        last_returns.extend(checkpoint["last_returns"])
-        eval_returns.extend(checkpoint["eval_returns"])
-    folder, writer = open_run(args, first_step)
-    progress = Progress(args, first_step)
-
-    def save():
-        state = {"script": Path(__file__).stem, "args": asdict(args), "step": global_step}
-        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"rng_state": torch.get_rng_state()}
-        state |= {"last_returns": list(last_returns), "eval_returns": list(eval_returns)}
-        save_checkpoint(folder, state)
-        writer.flush()
-
-    final_rate = 0.0 if args.anneal_lr else args.learning_rate
-    metrics, updates, episodes, eval_episodes = torch.zeros(3, device=device), 0, [], []  # since the last point
-    try:
-        with stop_on_signal() as stopped:
-            print(f"{folder}: {args.env_id} on {device}, {parameters.numel():,} parameters", flush=True)
-            if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
-                print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
-            while global_step + batch_size <= args.total_timesteps and not stopped:
-                # Collect
-                decay_steps = args.exploration_fraction * args.schedule_timesteps
-                epsilon = linear_schedule(args.start_e, args.end_e, global_step, decay_steps)
-                network.eval()
-                rollout, finished, finished_eval = collector.collect(epsilon)
-                obs, actions, rewards, values, terminated, truncated, real = rollout
-                episodes, eval_episodes = episodes + finished, eval_episodes + finished_eval
-
-                # Compute targets
-                scaled = rewards * args.reward_scale
-                targets = q_lambda_targets(scaled, values, terminated, truncated, args.gamma, args.q_lambda)
-
-                # Learn
-                network.train()
-                data = [x.flatten(0, 1) for x in (obs, actions, targets, real)]
-                real_on_host = torch.as_tensor(~collector.phantom).flatten()
-                for epoch in range(args.update_epochs):
-                    permutation = torch.randperm(batch_size)
-                    # A minibatch of nothing but phantoms is no step at all
-                    any_real = real_on_host[permutation].view(-1, minibatch_size).any(1).tolist()
-                    permutation = permutation.to(device)
-                    shuffled = zip(*(x[permutation].split(minibatch_size) for x in data), strict=True)
-                    for i, minibatch in enumerate(shuffled):
-                        done = global_step + batch_size * (epoch + i / args.num_minibatches) / args.update_epochs
-                        learning_rate = linear_schedule(args.learning_rate, final_rate, done, args.schedule_timesteps)
-                        if any_real[i]:
-                            optimizer.prepare(learning_rate)
-                            metrics += train(*minibatch)
-                            updates += 1
-                if not (metrics.isfinite().all() and parameters.isfinite().all()):
-                    raise FloatingPointError(
-                        f"step {global_step + batch_size}: {why_not_finite(metrics, collector.rewards)}"
-                    )
-                global_step += batch_size
-
-                # Log
-                last_returns.extend(episode_return for _, episode_return, _ in finished)
-                eval_returns.extend(episode_return for _, episode_return, _ in finished_eval)
-                if global_step % args.log_interval < batch_size or global_step + batch_size > args.total_timesteps:
-                    points = {"charts/SPS": progress.speed(global_step), "charts/epsilon": epsilon}
-                    points["charts/learning_rate"] = learning_rate
-                    if updates:
-                        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
-                        points |= zip(names, (metrics / updates).tolist(), strict=True)
-                    for group, ended in (("charts", episodes), ("eval", eval_episodes)):
-                        if ended:
-                            _, mean_return, mean_length = np.mean(ended, axis=0)
-                            points |= {f"{group}/episodic_return": mean_return, f"{group}/episodic_length": mean_length}
-                    for name, value in points.items():
-                        writer.add_scalar(name, value, global_step)
-                    metrics.zero_()
-                    updates, episodes, eval_episodes = 0, [], []
-                progress.show(global_step, last_returns, eval_returns, epsilon)
-
-                # Checkpoint
-                if global_step % args.checkpoint_interval < batch_size:
-                    save()
-            save()
-            if global_step + batch_size > args.total_timesteps:
-                stopped.clear()  # by a signal that came when nothing was left to stop
-        writer.close()
-    except (FloatingPointError, OSError) as error:
-        progress.close()
-        saved = (folder / "checkpoint.pt").exists()
-        print(f"error: {error}" + f"; --resume {folder} goes on from its last checkpoint" * saved, file=sys.stderr)
-        raise SystemExit(1) from None
-    progress.close()
-    mean = lambda returns: f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "none ended"
-    print(f"{'stopped' if stopped else 'done'} at step {global_step:,}, {progress.speed(global_step):,.0f} steps/s")
-    print(f"return of the last {len(last_returns)} episodes {mean(last_returns)}, greedy {mean(eval_returns)}")
-    print(f"{'go on with --resume' if stopped else 'evaluate and watch with python play.py'} {folder}", flush=True)
-    if stopped:
-        raise SystemExit(128 + stopped[0])
+        self.lock = None  # closed, and so released
+        print(end="\n" * self.live)  # what comes next starts below the progress line
+        if isinstance(error, Exception):
+            from_envs = any(frame.name == "step_envs" for frame in traceback.extract_tb(where))
+            if from_envs or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
+                traceback.print_exception(error)
+            saved = f"; --resume {self.folder} goes on from its last checkpoint"
+            fail(str(error) + saved * (self.folder / "checkpoint.pt").exists(), code=1)
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where the module of an environment may lie
     main(parse_args())

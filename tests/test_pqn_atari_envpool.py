@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +106,7 @@ def test_bf16_computes_nearly_the_same_q_values_and_gradients():
     networks = [network_for(precision=precision) for precision in ("fp32", "bf16")]
     networks[1].load_state_dict(networks[0].state_dict())
     obs = collector_for(num_envs=8, num_eval_envs=0).obs
-    data = obs, torch.arange(8) % 6, torch.randn(8), torch.ones(8, dtype=torch.bool)
+    data = obs, torch.arange(8) % 6, torch.randn(8), torch.ones(8, dtype=torch.bool), torch.tensor(8)
     q_values, gradients = [], []
     for network in networks:
         q_values.append(network(obs))
@@ -216,14 +216,9 @@ def test_every_atari_option_reaches_envpool(monkeypatch):
     assert envs.action_space.n == 18 and envs.reset()[0].shape == (2, 2, 84, 84)
 
 
-def test_all_games_of_envpool_can_be_named_and_the_score_table_holds_57_of_them():
-    import envpool
-
-    known = set(envpool.list_all_envs())
-    assert len(atari.RANDOM_AND_HUMAN) == 57
-    for game, (random, human) in atari.RANDOM_AND_HUMAN.items():
-        assert f"{game}-v5" in known and random < human
-        atari.check(replace(SMALL, env_id=f"{game}-v5"))
+@pytest.mark.parametrize("game", ["UpNDown-v5", "Jamesbond-v5", "PrivateEye-v5", "Et-v5"])
+def test_games_whose_names_are_several_words_can_be_made(game):
+    assert atari.make_envs(replace(SMALL, env_id=game), 1, (0,)).reset()[0].shape == (1, 4, 84, 84)
 
 
 # -------------------------------------------------------------------------------------------------- the whole script
@@ -252,12 +247,7 @@ def test_a_run_can_be_resumed_played_and_filmed(game):
 
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("losses/td_loss")] == list(range(64, 385, 64))
-    scores = [e.value for e in events.Scalars("charts/episodic_return")]
-    if game == "Pong-v5":
-        normalised = [e.value for e in events.Scalars("charts/human_normalized_score")]
-        assert normalised == pytest.approx([(score + 20.7) / 35.3 for score in scores], abs=1e-4)
-    else:
-        assert "charts/human_normalized_score" not in events.Tags()["scalars"]
+    assert len(events.Scalars("charts/episodic_return")) > 0
 
     result = run("play.py", folder, "--episodes", 3, "--video", "game.gif")
     assert result.returncode == 0, result.stderr
@@ -301,7 +291,8 @@ def test_scores_are_counted_over_the_game_when_an_agent_is_played():
 
 BAD_OPTIONS = [
     ("--env-id Breakout", "Breakout-v5"),
-    ("--env-id CartPole-v1", "no Atari game"),
+    ("--env-id pong", "Pong-v5"),
+    ("--env-id CartPole-v1", "pqn.py"),
     ("--num-minibatches 7", "4096"),
     ("--num-minibatches 4096 --norm-type batch_norm", "batch norm"),
     *[
@@ -402,8 +393,11 @@ def test_the_defaults_need_less_than_2_gib_of_device_memory():
     assert torch.cuda.max_memory_reserved() < 2 * 2**30
 
 
-def test_every_option_is_described():
-    source = (ROOT / "pqn_atari_envpool.py").read_text()
+@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm"])
+def test_every_option_is_described(script):
+    source = (ROOT / f"{script}.py").read_text()
     arguments = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Args").body
-    described = sum(isinstance(node, ast.Expr) for node in arguments)
-    assert described == len(fields(atari.Args)) == len(asdict(atari.Args()))
+    lines = source.splitlines()
+    for option in arguments:
+        above = lines[option.lineno - 2].strip().startswith("#")
+        assert above or "  # " in lines[option.end_lineno - 1], option.target.id

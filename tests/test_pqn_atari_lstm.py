@@ -52,7 +52,7 @@ def test_what_the_scripts_share_is_the_same_text():
         return {d.name: ast.get_source_segment(source, d) for d in ast.parse(source).body if hasattr(d, "name")}
 
     ours, theirs = definitions("pqn_atari_lstm.py"), definitions("pqn_atari_envpool.py")
-    differ = "Args Collector act QNetwork td_loss train_step check main".split()  # the algorithm does
+    differ = "Args Collector act QNetwork td_loss train_step minibatches check main".split()  # the algorithm does
     for name in set(ours) & set(theirs) - set(differ):
         assert ours[name] == theirs[name], name
 
@@ -179,7 +179,7 @@ def sequences_to_learn(window):
 def test_loss_and_gradient_are_those_of_literal_targets_that_are_constants(window):
     network, args = network_for(), replace(SMALL, gamma=0.9, q_lambda=0.7)
     data = sequences_to_learn(window)
-    loss, q_value = recurrent.td_loss(network, args, *data)
+    loss, q_value = recurrent.td_loss(network, args, *data, data[-1].sum())
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
 
@@ -214,6 +214,7 @@ def test_the_bootstrap_of_a_truncation_remembers_the_episode():
     for state in (hidden, hidden + 1):  # a memory from the beginning of the episode
         values, _ = network(obs, last_actions, starts, (state[0], cell[0]))
         data = obs, last_actions, starts, state, cell, actions, torch.zeros(6, 5), no, truncated, only_that_step
+        data += (only_that_step.sum(),)
         losses.append(recurrent.td_loss(network, args, *data)[0].item())
         errors = values[3].max(1).values - values[2].gather(1, actions[2][:, None])[:, 0]
         assert losses[-1] == pytest.approx(0.5 * errors.square().mean().item(), rel=1e-4)
@@ -230,7 +231,8 @@ def test_phantoms_change_neither_loss_nor_gradient():
         network.zero_grad()
         other_rewards = torch.where(real, rewards, 1e6) if changed else rewards
         other_actions = torch.where(real, actions, 3 - actions) if changed else actions
-        loss, _ = recurrent.td_loss(network, SMALL, *seen, other_actions, other_rewards, terminated, truncated, real)
+        data = other_actions, other_rewards, terminated, truncated, real, real.sum()
+        loss, _ = recurrent.td_loss(network, SMALL, *seen, *data)
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in network.parameters()])))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
@@ -330,7 +332,7 @@ def test_the_same_seed_gives_the_same_weights():
 @pytest.mark.parametrize(
     "options, hint",
     [
-        ("--num-envs 10 --num-minibatches 4", "does not divide --num-envs 10"),
+        ("--num-envs 10 --num-minibatches 4", "does not divide 10 environments"),
         ("--memory-window 33", "--memory-window"),
         ("--memory-window=-1", "--memory-window"),
         ("--memory-window 4 --norm-type batch_norm", "batch norm"),
