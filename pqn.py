@@ -356,8 +356,8 @@ def main(args: Args):
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
-    if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 300_000:
-        torch.set_num_threads(1)  # so small a network is slower on two threads, which wait for each other
+    if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 200_000:
+        torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, args)
     collector = Collector(envs, network, mine, device)
     run = Run(args, optimizer.weights, checkpoint)
@@ -439,11 +439,10 @@ def check(args: Args):
 
 
 def pick_device(name):
-    """The device, tried out and with its index. "auto" is this process's GPU, and the CPU where there is none."""
+    """The device, tried out. "auto" is this process's GPU, and the CPU where there is none."""
     try:
         auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        there = torch.zeros(1, device=auto if name == "auto" else name)
-        there.cpu()
+        (there := torch.zeros(1, device=auto if name == "auto" else name)).cpu()
         if there.device.type == "cuda":
             torch.cuda.set_device(there.device)
         return there.device
@@ -529,8 +528,8 @@ class Run:
         except Exception as error:  # of the file system or of Weights & Biases
             reason = "another process is at work in it" if isinstance(error, BlockingIOError) else error
             fail(f"cannot open the run {self.folder}: {reason}")
-        rows = [f"|{name}|{value}|\n" for name, value in (asdict(args) | {"device": weights.device}).items()]
-        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{''.join(rows)}", self.first_step)
+        rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
+        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
         device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
         print(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters", flush=True)
         if args.compile:
@@ -551,9 +550,9 @@ class Run:
         if processes()[0] > 0:
             return
         total, batch_size, now = self.args.total_timesteps, self.args.num_envs * self.args.num_steps, time.monotonic()
-        speed = (step - self.first_step) / (now - self.started)
+        self.speed = (step - self.first_step) / (now - self.started)
         if step % self.args.log_interval < batch_size or step + batch_size > total:
-            points = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+            points = {"charts/SPS": self.speed, "charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
             if self.updates:
                 names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
                 points |= zip(names, self.metrics / self.updates, strict=True)
@@ -564,15 +563,16 @@ class Run:
                 self.writer.add_scalar(name, value, step)
             self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
-            self.shown, left = now, timedelta(seconds=int((total - step) / speed))
-            words = [f"{step:,}/{total:,} steps", f"{speed:,.0f}/s", f"{left} left", self.summary(), f"ε {epsilon:.3f}"]
+            self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
+            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
+            words.append(f"ε {epsilon:.3f}")
             while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
                 words.pop()
             print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -598,8 +598,9 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.summary()}")
-            print("evaluate and watch with python play.py" if done else "go on with --resume", self.folder, flush=True)
+            words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
+            print(", ".join(words))
+            print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if not done:
             raise SystemExit(128 + self.stopped)
 
