@@ -256,26 +256,27 @@ def table(args, groups, baseline, normalised):
                 difference, *ends, _, p = found.get((env, label, name), [np.nan] * 5)
                 told = f"{number(difference)} {between(*ends)}" + "\\*" * bool(p < 0.05)
                 row[f"{MEASURES[name]}, difference from {baseline}"] = "" if np.isnan(difference) else told
-            elif len(x) > 1 and not np.isnan(x).any():
-                row[f"95% interval ({MEASURES[name]})"] = between(*mean_interval(x))
+            else:
+                known = len(x) > 1 and not np.isnan(x).any()
+                row[f"95% interval ({MEASURES[name]})"] = between(*mean_interval(x)) if known else ""
         row["human-normalised"] = "" if scores is None else number(scores.mean())
         row["distinct games"] = ", ".join(f"{n:.0f}" for n in values(runs, "distinct") if n == n)
-        if not several or scores is not None:
-            row["CleanRL's training return"] = CLEANRL.get(script, {}).get(env, "")
-            row["aftab's greedy return at 50M"] = number(AFTAB_50M[env]) if env in AFTAB_50M else ""
+        published = CLEANRL.get(script, {}) if not several or scores is not None else {}
+        row["CleanRL's training return"] = published.get(env, "")
+        row["aftab's greedy return at 50M"] = number(AFTAB_50M[env]) if env in AFTAB_50M else ""
         row["steps"], row["steps/s"] = steps_made(runs), f"{np.median(values(runs, 'steps_per_second')):,.0f}"
         row["minutes"] = f"{values(runs, 'seconds').mean() / 60:.1f}"
         rows.append(row)
-    header = [name for name in max(rows, key=len) if any(row.get(name) for row in rows)]
-    text = markdown(header, [[row.get(name, "") for name in header] for row in rows])
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    text = markdown(header, [[row[name] for name in header] for row in rows])
     if any(len(runs) > 1 for runs in groups.values()):
         text += "\n±: standard deviation over seeds (n - 1). In brackets: 95% intervals (Student's, Welch's t)."
     if found:
         alone, together = (sum(result[i] < 0.05 for result in found.values()) for i in (3, 4))
         text += (
-            f" The table makes {len(found)} comparisons: {alone} of their intervals leave out 0; the {together} marked "
+            f" The table makes {len(found)} comparisons: {alone} of their intervals leave out 0, {together} of these "
         )
-        text += "\\* hold at 5% also when all of them are counted (Holm)."
+        text += "also at 5% for all comparisons together (Holm, marked \\*)."
     return text.rstrip("\n") + "\n"
 
 
