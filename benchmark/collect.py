@@ -328,11 +328,9 @@ def read_logs(folder):
             about |= {"steps": int(points[-1, 0]), "seconds": points[-1, 1]}
             about |= {"steps_per_second": points[-1, 0] / points[-1, 1]}
             runs.append(Run(about, thin(points)))
-    return runs or fail_with(f"there are no results in {folder}: neither runs.csv nor runs of these scripts")
-
-
-def fail_with(reason):
-    raise ResultError(reason)
+    if not runs:
+        raise ResultError(f"there are no results in {folder}: neither runs.csv nor runs of these scripts")
+    return runs
 
 
 @contextmanager

@@ -247,15 +247,15 @@ def test_every_variant_is_drawn():
 
 def test_the_table_compares_with_the_baseline_and_counts_its_comparisons(capsys):
     runs = [example(variant=f"envs_{n}", seed=s, level=n + s) for n in (2, 10) for s in (1, 2, 3)]
-    runs += [example(variant="envs_11", seed=s, level=11 + s) for s in (1, 2, 3)]
+    runs += [example(variant="envs_12.5", seed=s, level=12.5 + s) for s in (1, 2, 3)]  # p = 0.038, twice
     small, *_, large = rows = table("set", write("set", *runs), baseline="envs_10")
-    assert [row["variant"] for row in rows] == ["envs_2", "envs_10", "envs_11"]
+    assert [row["variant"] for row in rows] == ["envs_2", "envs_10", "envs_12.5"]
     assert small["seeds"] == "3" and small["greedy return"] == small["training return"] == "4.00 ± 1.00"
     # 2.77645 √(2 / 3) on each side
     assert small["greedy return, difference from envs_10"] == "-8.00 [-10.3, -5.73]\\*"
-    assert large["greedy return, difference from envs_10"] == "1.00 [-1.27, 3.27]"
+    assert large["greedy return, difference from envs_10"] == "2.50 [0.23, 4.77]"
     assert rows[1]["greedy return, difference from envs_10"] == ""
-    assert "4 comparisons: 2 of their intervals leave out 0, 2 of these also" in capsys.readouterr().out
+    assert "4 comparisons: 4 of their intervals leave out 0, 2 of these also" in capsys.readouterr().out
     (row, *_) = table("set", baseline="envs_10", measures=("greedy_curve",))
     assert row["greedy return, mean over the curve"] == "4.00 ± 1.00" and "training return" not in row
     assert "--measures greedy_curve`" in Path("set/table.md").read_text()
