@@ -71,7 +71,8 @@ def cut_short(make_envs, limit):
 
 
 def with_faults(collect, variant):
-    """Collector.collect() with the variant's faults in the rollout that it returns."""
+    """Collector.collect() with the variant's faults in the rollout that it returns. (All that is assumed of pqn.py's
+    insides stands here: the order of a rollout's tensors, and what main() reads of the collector.)"""
 
     def collect_wrongly(collector, epsilon):
         (*rollout, terminated, truncated, real), *episodes = collect(collector, epsilon)
