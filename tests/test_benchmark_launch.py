@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -256,8 +257,11 @@ def test_a_set_that_cannot_be_written_or_read_is_refused_before_anything_runs(to
     assert run_list(toys, [A], RESULTS="file") == 2
     (write("broken", example()) / "curves.csv").write_text("")
     assert run_list(toys, [A], RESULTS="broken") == 2
+    toys.setattr(launch.tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+    assert run_list(toys, [A], RESULTS="readonly") == 2
     messages = capsys.readouterr().err.splitlines()
-    assert len(messages) == 2 and "file" in messages[0] and "broken/curves.csv" in messages[1] and not calls()
+    assert len(messages) == 3 and "file" in messages[0] and "broken/curves.csv" in messages[1]
+    assert "Read-only" in messages[2] and not calls()
 
 
 def test_workers_share_the_cores_and_run_one_thread_each(toys):
