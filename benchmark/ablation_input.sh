@@ -2,7 +2,7 @@
 # The paper's Fig. 6b in small: does batch-normalising the observations help, and is LayerNorm still needed then?
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-export SEEDS=${SEEDS:-1-5}
+export SEEDS=${SEEDS:-1-10}
 
 while read -r task; do
   echo "layer_norm: $task"
@@ -11,7 +11,7 @@ while read -r task; do
     echo "$norm: $task --norm-type $norm"
     echo "$norm+input: $task --norm-type $norm --normalize-input"
   done
-done <<'COMMANDS' | python benchmark/launch.py ablation_input "$@"
+done <<'COMMANDS' | python benchmark/launch.py ablations/input "$@"
 python pqn.py --env-id CartPole-v1 --total-timesteps 500000
 python pqn.py --env-id Acrobot-v1 --total-timesteps 500000 --learning-rate 5e-4
 COMMANDS

@@ -9,5 +9,5 @@ for game in Alien Amidar Assault Asterix Asteroids Atlantis BankHeist BattleZone
   Gopher Gravitar Hero IceHockey Jamesbond Kangaroo Krull KungFuMaster MontezumaRevenge MsPacman NameThisGame Phoenix \
   Pitfall Pong PrivateEye Qbert Riverraid RoadRunner Robotank Seaquest Skiing Solaris SpaceInvaders StarGunner \
   Surround Tennis TimePilot Tutankham UpNDown Venture VideoPinball WizardOfWor YarsRevenge Zaxxon; do
-  echo "python pqn_atari_envpool.py --env-id $game-v5 --total-timesteps 50000000"
+  echo "python pqn_atari_envpool.py --env-id $game-v5 --total-timesteps 50000000 --compile"
 done | python benchmark/launch.py atari57 "$@"

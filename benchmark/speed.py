@@ -13,9 +13,11 @@
 Three runs: EnvPool alone with random actions, which is the ceiling; the script's main() as it stands; and main() again
 with a clock around the functions that it calls (waiting for the GPU before and after each, which costs a little, so
 the whole script's speed comes from the run without clocks). Numbers are medians over the rollouts after the first few,
-in brackets the quartiles. Steps are those of the training environments: greedy ones cost time and count nothing.
-The floating-point operations of a gradient step are counted by PyTorch, and compared with a large matrix product in
-the same precision, the best of several.
+in brackets the quartiles. Steps are those of the training environments. The greedy ones are stepped beside them, by
+the script and by EnvPool alone: the share of the ceiling is the time that EnvPool alone takes to step all of a
+rollout's environments, divided by the time that the script takes for the rollout. The floating-point operations of a
+gradient step are counted by PyTorch, and compared with a large matrix product in the same precision, the best of
+several. Nothing else may run meanwhile: a sweep is refused on a machine that is not idle, anything else says so.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import csv
 import importlib
 import io
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -37,8 +40,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from collect import ResultError, commit, fail, hardware, read_events, write_whole
 from report import COLOURS, STYLES, markdown, save
-from results import ResultError, fail, hardware, read_events, write_whole
 from torch.utils.flop_counter import FlopCounterMode
 
 PARTS = {"act": "acting", "q_lambda_targets": "targets", "train_step": "learning"}
@@ -50,8 +53,27 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
+def busy_seconds(stat, cores):
+    """Seconds that these cores were not idle, all of them together, in the text of /proc/stat."""
+    lines = [line.split() for line in stat.splitlines() if re.match(r"cpu\d", line)]
+    ticks = [list(map(int, ticks)) for name, *ticks in lines if int(name[3:]) in cores]
+    return sum(sum(x[:3] + x[5:8]) for x in ticks) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+
+
+def cores_in_use():
+    """How many of the cores that this process may use are kept busy by others, measured over a second."""
+    stat, cores = Path("/proc/stat"), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    if not stat.exists():
+        return 0.0
+    others = lambda: busy_seconds(stat.read_text(), cores) - time.process_time()
+    before, start = others(), time.perf_counter()
+    time.sleep(1)
+    return (others() - before) / (time.perf_counter() - start)
+
+
 def machine():
-    return f"{hardware()}, torch {torch.__version__}, {date.today()}"
+    made = f"commit {commit() or 'unknown'}, {date.today()}"
+    return f"{hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {made}"
 
 
 def quartiles(values):
@@ -60,9 +82,10 @@ def quartiles(values):
 
 def ceiling(script, args, rollouts):
     """Seconds that EnvPool takes for each rollout's steps when nothing has to be thought about."""
-    envs = script.make_envs(args, args.num_envs, (args.seed, 0))
+    num_envs = args.num_envs + args.num_eval_envs
+    envs = script.make_envs(args, num_envs, (args.seed, 0))
     envs.reset()
-    actions = np.random.default_rng(0).integers(script.spaces(envs)[1].n, size=(args.num_steps, args.num_envs))
+    actions = np.random.default_rng(0).integers(script.spaces(envs)[1].n, size=(args.num_steps, num_envs))
     seconds = []
     for _ in range(rollouts):
         start = time.perf_counter()
@@ -239,6 +262,7 @@ def main():
     parser.add_argument("--rollouts", type=int, default=24, help="rollouts in each of the three runs")
     parser.add_argument("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure at several values")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results/speed"), help="folder for a sweep")
+    parser.add_argument("--force", action="store_true", help="sweep on a busy machine, replace a sweep that is there")
     parser.add_argument("--plot", type=Path, help="only draw this CSV of a sweep again")
     args, options = parser.parse_known_args()
     try:
@@ -255,7 +279,16 @@ def main():
     if args.rollouts < WARM_UP + 2:
         fail(f"--rollouts must be at least {WARM_UP + 2}, not {args.rollouts}")
     sys.path.insert(0, str(root))
-    scripts, out = {f"{name}.py": importlib.import_module(name) for name in args.script}, args.out.resolve()
+    scripts = {f"{name}.py": importlib.import_module(name) for name in args.script}
+    path = args.out.resolve() / f"{args.script[0]}__{args.sweep[0]}.csv" if args.sweep else None
+    busy = cores_in_use()
+    if path and path.exists() and not args.force:
+        fail(f"{path} is there already: --out writes elsewhere, --force replaces it")
+    if busy > 0.1:
+        said = f"other processes keep {busy:.1f} cores busy, which spoils the measurement"
+        if path and not args.force:
+            fail(f"{said}: wait, or add --force")
+        print(f"Careful: {said}.\n")
     if not args.sweep:
         cost = {}
         for name, script in scripts.items():
@@ -276,7 +309,6 @@ def main():
     lines = io.StringIO(f"# {' '.join([name, *options])}; {machine()}\n")
     lines.seek(0, os.SEEK_END)
     csv.writer(lines, lineterminator="\n").writerows(sweep_rows(option, results))
-    path = out / f"{args.script[0]}__{option}.csv"
     write_whole(path, lines.getvalue())
     plot_sweep(path)
     print(f"{path} and its plot are written")

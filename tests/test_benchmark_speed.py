@@ -1,0 +1,129 @@
+"""benchmark/faults.py and speed.py."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from bench_examples import colours, in_an_empty_folder  # noqa: F401
+
+import faults  # isort: skip
+import pqn  # isort: skip
+import speed  # isort: skip
+
+plt.rcParams["savefig.dpi"] = 60
+
+
+def test_only_training_episodes_are_cut_short_and_each_variant_has_its_faults_alone():
+    args = replace(pqn.Args(), num_envs=4, num_eval_envs=3, num_steps=40, hidden_sizes=(8,))
+    make_envs = faults.cut_short(pqn.make_envs, 7)
+    for variant in ("right", "phantoms", "truncation", "both"):
+        envs = make_envs(args, 7, (1, 0))
+        pqn.check(args, envs)
+        torch.manual_seed(0)
+        collector = pqn.Collector(envs, pqn.QNetwork(*pqn.spaces(envs), args), args, torch.device("cpu"))
+        collect = faults.with_faults(pqn.Collector.collect, variant)
+        (_, _, rewards, _, terminated, truncated, real), finished, finished_eval = collect(collector, 0.1)
+        assert {length for _, _, length in finished} == {7} and {i for i, _, _ in finished} == {0, 1, 2, 3}
+        assert min(length for _, _, length in finished_eval) > 7 and {i for i, _, _ in finished_eval} <= {4, 5, 6}
+        assert truncated[6].all() and truncated.sum() == 20
+        assert torch.equal(terminated, truncated if variant in ("truncation", "both") else truncated & False)
+        phantoms = (rewards == 0) if variant in ("right", "truncation") else (rewards == 9)
+        assert torch.equal(real, ~phantoms) and np.array_equal(collector.phantom, phantoms.numpy())
+
+
+@pytest.mark.parametrize("script, batch", [("pqn", 8), ("pqn_atari_envpool", 4)])
+def test_speed_finds_every_part_and_counts_the_operations(script, batch):
+    options = "--num-envs 4 --num-minibatches 2 --num-eval-envs 0 --update-epochs 1".split()
+    options += ["--num-steps", str(batch // 2), "--device", "cpu"]
+    options += ["--hidden-sizes", "16", "--norm-type", "none"] if script == "pqn" else ["--precision", "fp32"]
+    result = speed.measure(importlib.import_module(script), options, rollouts=7)
+    parts = ["EnvPool alone", "stepping", "acting", "targets", "learning", "the rest", "whole script"]
+    assert list(result["seconds"]) == parts
+    assert all((seconds > 0).all() for part, seconds in result["seconds"].items() if part != "the rest")
+    weights = 8 * 8 * 4 * 32 * 20**2, 4 * 4 * 32 * 64 * 9**2, 3 * 3 * 64 * 64 * 7**2, 3136 * 512, 512 * 4
+    weights = (4 * 16, 16 * 2) if script == "pqn" else weights
+    # two operations per weight: forwards, for the gradient of each layer's weights, and of all inputs but the first's
+    assert result["flops"] == 2 * batch * (3 * sum(weights) - weights[0])
+    shown = speed.show("x", options, result)
+    assert all(f"| {part} |" in shown for part in parts) and "matrix product in fp32" in shown
+
+
+def test_speed_compares_scripts(monkeypatch, capsys):
+    cost = {"pqn": 2.0, "pqn_atari_envpool": 3.0, "pqn_atari_lstm": 4.5}
+    measured = lambda script, *_: {"seconds": {"whole script": [cost[script.__name__]]}, "batch": 1}
+    monkeypatch.setattr(speed, "measure", measured)
+    monkeypatch.setattr(speed, "show", lambda *_: "")
+    monkeypatch.setattr(speed, "cores_in_use", lambda: 1.5)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--script", *cost, "--num-envs", "4"])
+    speed.main()
+    out = capsys.readouterr().out
+    assert "pqn_atari_lstm.py takes 2.25 times the wall time per step of pqn.py" in out and "1.50 times" in out
+    assert "Careful: other processes keep 1.5 cores busy" in out
+
+
+def test_only_seconds_of_work_on_our_own_cores_count_as_busy(monkeypatch):
+    monkeypatch.setattr(speed.os, "sysconf", lambda _: 100)
+    stat = "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 4 1000 2000 8 16 32 0 0\ncpu1 100 0 0 5 0 0 0 0 0 0\ncpu12 7 0 0 5 5\n"
+    assert speed.busy_seconds(stat, {0}) == 0.63 and speed.busy_seconds(stat, {0, 1}) == 1.63
+    assert speed.busy_seconds(stat, {12, 1}) == 1.07
+
+
+def test_the_ceiling_steps_the_greedy_environments_too(monkeypatch):
+    stepped = []
+    script = SimpleNamespace(
+        make_envs=lambda args, num_envs, seed: stepped.append(num_envs) or SimpleNamespace(reset=lambda: None),
+        spaces=lambda envs: (None, SimpleNamespace(n=2)),
+        step_envs=lambda envs, actions: stepped.append(len(actions)),
+    )
+    args = SimpleNamespace(num_envs=5, num_eval_envs=3, num_steps=2, seed=1)
+    assert len(speed.ceiling(script, args, 6)) == 6 - speed.WARM_UP and stepped == [8] * 13
+
+
+SWEEP = (
+    "--num-steps 4 --num-minibatches 2 --num-eval-envs 0 --hidden-sizes 8 --rollouts 6 --out out --sweep num_envs 2 8"
+)
+
+
+def sweep(monkeypatch, *options, busy=0.0):
+    monkeypatch.setattr(speed, "cores_in_use", lambda: busy)
+    monkeypatch.setattr(sys, "argv", ["speed.py", *SWEEP.split(), *options])
+    speed.main()
+
+
+def test_a_sweep_leaves_a_csv_whose_plot_can_be_drawn_again(monkeypatch, capsys):
+    sweep(monkeypatch)
+    assert capsys.readouterr().out.count("| whole script |") == 2
+    plot = Path("out/pqn__num_envs.png")
+    drawn = plot.read_bytes()
+    assert min(colours(plot, right=0.6)[:6]) > 1e-4
+    plot.unlink()
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--plot", "out/pqn__num_envs.csv"])
+    speed.main()
+    assert plot.read_bytes() == drawn
+
+
+def test_a_sweep_replaces_nothing_and_is_not_made_on_a_busy_machine_unless_forced(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(speed, "measure", lambda script, options, _: measured.append(options) or {})
+    for name in ("show", "machine", "sweep_rows", "plot_sweep"):
+        monkeypatch.setattr(speed, name, lambda *_: [])
+    Path("out").mkdir()
+    there = Path("out/pqn__num_envs.csv")
+    there.write_text("precious")
+    for busy, removed, hint in ((0, False, f"{there} is there already"), (0.5, True, "0.5 cores busy")):
+        if removed:
+            there.unlink()
+        with pytest.raises(SystemExit) as exit:
+            sweep(monkeypatch, busy=busy)
+        message = capsys.readouterr().err
+        assert exit.value.code == 2 and message.count("\n") == 1 and hint in message and not measured
+        assert removed or there.read_text() == "precious"
+    there.write_text("precious")
+    sweep(monkeypatch, "--force", busy=0.5)
+    assert len(measured) == 2 and there.read_text() != "precious"
