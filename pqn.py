@@ -579,8 +579,8 @@ class Run:
         if processes()[0] > 0:
             return
         content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
-        state = {"script": Path(__file__).stem, "args": asdict(self.args), "step": step}
-        state |= {"network": network.state_dict(), "rng_state": torch.get_rng_state()}
+        state = {"script": Path(__file__).stem, "args": asdict(self.args), "threads": torch.get_num_threads()}
+        state |= {"network": network.state_dict(), "rng_state": torch.get_rng_state(), "step": step}
         state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
         state |= zip(("last_returns", "eval_returns"), map(list, self.last_returns), strict=True)
         torch.save(state, content)  # to memory: on a full disk torch.save() does not say what is wrong

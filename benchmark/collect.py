@@ -195,7 +195,7 @@ def collect(args: Args):
         "commit": commit(),
         "date": date.today().isoformat(),
         "hardware": hardware(),
-        "threads": torch.get_num_threads(),
+        "threads": checkpoint.get("threads", torch.get_num_threads()),
         "torch": torch.__version__,
         "steps": checkpoint["step"],
         "steps_to_do": max(checkpoint["step"], options["total_timesteps"] // rollout * rollout),

@@ -58,7 +58,7 @@ def cut_short(make_envs, limit):
     """make_envs() whose training environments are truncated after `limit` steps."""
 
     def make(args, num_envs, seed, render=False):
-        greedy = make_envs(args, max(args.num_eval_envs, 1), (*seed, 1))  # which also reports a wrong --env-id
+        greedy = make_envs(args, max(args.num_eval_envs, 1), (*seed[:2], 1))  # which also reports a wrong --env-id
         if args.env_id not in envpool.list_all_envs():
             pqn.fail(f"{args.env_id} is not one of EnvPool's")
         seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(args.num_envs)]
@@ -72,7 +72,7 @@ def cut_short(make_envs, limit):
 
 def with_faults(collect, variant):
     """Collector.collect() with the variant's faults in the rollout that it returns. (All that is assumed of pqn.py's
-    insides stands here: the order of a rollout's tensors, and what main() reads of the collector.)"""
+    insides stands here: the order of a rollout's tensors.)"""
 
     def collect_wrongly(collector, epsilon):
         (*rollout, terminated, truncated, real), *episodes = collect(collector, epsilon)
@@ -80,7 +80,6 @@ def with_faults(collect, variant):
             terminated = terminated | truncated
         if variant in ("phantoms", "both"):
             real = torch.ones_like(real)
-            collector.phantom[:] = False
         return (*rollout, terminated, truncated, real), *episodes
 
     return collect_wrongly

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 from bench_examples import colours, in_an_empty_folder  # noqa: F401
@@ -24,7 +23,6 @@ def test_only_training_episodes_are_cut_short_and_each_variant_has_its_faults_al
     make_envs = faults.cut_short(pqn.make_envs, 7)
     for variant in ("right", "phantoms", "truncation", "both"):
         envs = make_envs(args, 7, (1, 0))
-        pqn.check(args, envs)
         torch.manual_seed(0)
         collector = pqn.Collector(envs, pqn.QNetwork(*pqn.spaces(envs), args), args, torch.device("cpu"))
         collect = faults.with_faults(pqn.Collector.collect, variant)
@@ -34,7 +32,7 @@ def test_only_training_episodes_are_cut_short_and_each_variant_has_its_faults_al
         assert truncated[6].all() and truncated.sum() == 20
         assert torch.equal(terminated, truncated if variant in ("truncation", "both") else truncated & False)
         phantoms = (rewards == 0) if variant in ("right", "truncation") else (rewards == 9)
-        assert torch.equal(real, ~phantoms) and np.array_equal(collector.phantom, phantoms.numpy())
+        assert torch.equal(real, ~phantoms)
 
 
 @pytest.mark.parametrize("script, batch", [("pqn", 8), ("pqn_atari_envpool", 4)])
