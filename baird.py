@@ -324,8 +324,9 @@ def main(args):
     show(predictions, ["name", "update", "running", "SEEM > 0", "Jacobian > 0", "criterion > 0"])
     for network in NETWORKS:
         rows = [row for row in table if row["swept"] and row["network"] == network]
-        stable, converged = (from_which_on(rows, name) for name in ("diverged", "converged"))
-        print(f"{network}, {args.updates:,} updates: no seed diverges {stable}, all converge {converged}")
+        if rows:
+            stable, converged = (from_which_on(rows, name) for name in ("diverged", "converged"))
+            print(f"{network}, {args.updates:,} updates: no seed diverges {stable}, all converge {converged}")
     print(f"linear, however many updates: stable with l2 above {linear_threshold(args.gamma):.5f}")
     print(f"written: {prefix}.png, {prefix}.csv, {prefix}_predictions.csv")
 

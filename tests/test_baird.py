@@ -407,8 +407,8 @@ def test_unknown_activation_is_refused(capsys):
 
 
 def test_as_a_user_runs_it():
-    command = [sys.executable, ROOT / "baird.py", "--updates", "5", "--num-seeds", "1", "--width", "4"]
-    run = subprocess.run([*command, "--l2", "0.01", "0.25", "--probes", "0"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "baird.py", "--updates", "3", "--num-seeds", "1", "--width", "4"]
+    run = subprocess.run([*command, "--l2", "0.25", "--probes", "0"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == "" and "LayerNorm + l2 0.25" in run.stdout
     (folder,) = Path("runs").glob("Baird__baird__1__*")
     assert {path.name for path in folder.iterdir()} == {"baird.png", "baird.csv", "baird_predictions.csv"}
