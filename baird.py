@@ -251,8 +251,8 @@ def value_errors(args, network, path):
     return error.nan_to_num(nan=LIMIT).clamp(FLOOR, LIMIT)
 
 
-def outcome(args, row, errors, diverged_at, points):
-    """How a row's seeds ended, in numbers and in words; errors is (points, seeds)."""
+def outcome(args, row, errors, seems, diverged_at, points):
+    """How a row's seeds ended, in numbers and in words; errors and seems are (points, seeds)."""
     at = diverged_at[diverged_at >= 0].tolist()
     converged = int((errors[[point >= 0.9 * args.updates for point in points]].amax(0) < TOLERANCE).sum())
     counts = {"diverged": len(at), "bounded": len(diverged_at) - len(at) - converged, "converged": converged}
@@ -260,7 +260,11 @@ def outcome(args, row, errors, diverged_at, points):
     if at:
         words[0] += f" at update {min(at):,}" + f" to {max(at):,}" * (min(at) < max(at))
     result = row._asdict() | {"seeds": len(diverged_at)} | counts | {"ended": ", ".join(words)}
-    return result | spread("error", errors[-1]) | {"largest_error": errors.max().item(), "SEEM > 0 late": ""}
+    result |= spread("error", errors[-1]) | {"largest_error": errors.max().item()}
+    if row.swept:
+        return result | {"SEEM > 0 late": ""}
+    late = seems[[point >= args.updates / 2 for point in points]]
+    return result | {"SEEM > 0 late": int((late > 1e-6).any(0).sum())}  # seeds, at some point of the second half
 
 
 def predict(args, row, l2, phi, diverged_at, update):
@@ -304,11 +308,11 @@ def main(args):
         path, diverged_at, l2 = run_network(args, network, rows, points)
         for i, row in enumerate(rows):
             errors = value_errors(args, network, path[:, i])
-            table.append(outcome(args, row, errors, diverged_at[i], points))
+            seems = torch.empty(0)
             if not row.swept:
                 seems = seem(network, args.activation, path[:, i].flatten(0, 1), args.gamma).view_as(errors)
-                late = seems[[point >= args.updates / 2 for point in points]]
-                table[-1]["SEEM > 0 late"] = int((late > 1e-6).any(0).sum())  # seeds, at some point of the second half
+            table.append(outcome(args, row, errors, seems, diverged_at[i], points))
+            if not row.swept:
                 drawn.append((table[-1], errors, seems))
                 for point in sorted(probes):
                     phi = path[points.index(point), i]

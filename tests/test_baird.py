@@ -298,7 +298,8 @@ def test_a_run_that_dips_below_the_tolerance_only_at_the_end_has_not_converged()
         errors = torch.full((101, 1), 2.0, dtype=torch.float64)
         errors[late:] = 0.005
         row = baird.Row("", "LayerNorm", 0.0, 0.0)
-        result = baird.outcome(replace(SMALL, updates=100), row, errors, torch.tensor([-1]), points)
+        seems = torch.full_like(errors, math.nan)
+        result = baird.outcome(replace(SMALL, updates=100), row, errors, seems, torch.tensor([-1]), points)
         assert (result["converged"], result["bounded"]) == (converged, 1 - converged)
         assert result["largest_error"] == 2 and result["error_median"] == pytest.approx(0.005)
 
@@ -306,9 +307,16 @@ def test_a_run_that_dips_below_the_tolerance_only_at_the_end_has_not_converged()
 def test_ending_in_words_and_numbers():
     errors = torch.tensor([[1.0, 1e12, 1e12, 1e-3]], dtype=torch.float64).expand(2, 4)
     at = torch.tensor([-1, 1234, 50, -1])
-    result = baird.outcome(SMALL, baird.Row("", "MLP", 0.0, 0.0), errors, at, [0, 60])
+    result = baird.outcome(SMALL, baird.Row("", "MLP", 0.0, 0.0), errors, errors, at, [0, 60])
     assert result["ended"] == "2 diverged at update 50 to 1,234, 1 bounded, 1 converged"
     assert [result[name] for name in ("seeds", "diverged", "bounded", "converged")] == [4, 2, 1, 1]
+
+
+def test_late_seem_is_of_the_second_half_and_counts_a_seed_once():
+    seems = torch.tensor([[1, 1, -1], [1, 1, -1], [1, -1, -1], [1, -1, 1e-7]], dtype=torch.float64)
+    for points, seeds in (([0, 20, 30, 60], 1), ([0, 31, 32, 60], 2)):
+        row = baird.Row("", "MLP", 0.0, 0.0)
+        assert baird.outcome(SMALL, row, seems, seems, torch.tensor([-1] * 3), points)["SEEM > 0 late"] == seeds
 
 
 def test_threshold_of_a_sweep_is_where_it_holds_from_there_on():
@@ -345,7 +353,6 @@ def test_files_hold_what_was_measured_and_the_same_command_gives_the_same_bytes(
     for row in table:
         total = int(row["diverged"]) + int(row["bounded"]) + int(row["converged"])
         assert total == int(row["seeds"]) == (1 if row["network"] == "linear" else 3)
-        assert (row["SEEM > 0 late"] == "") == (row["swept"] == "True")
     assert [line["update"] for line in predictions] == ["0", "20", "60"] * 8
     # One line of each file again, by hand
     row = baird.Row("LayerNorm + Eq. 9", "LayerNorm", 1.1 * (0.99 * 1.1289 / 2) ** 2, 0.1)
