@@ -13,7 +13,7 @@ nothing, but it is the size that usual initialisations have after Eq. 6's 1/√k
 
 Let a = (γL/2) ‖v_w‖ and b = (γg/2) ‖v_M‖ with g = max ‖∇_M Q(x)‖. Two bounds are compared with C_OffPolicy:
     Eq. 7       C <= a² + O(‖v_M‖²/k). Its constant depends on the sampling distribution d^μ, as ∇_w Q and ∇_M Q meet
-                in cross terms, which Eq. 20 leaves out: the case "rare x'" makes it as large as one likes.
+                in cross terms, which Eq. 20 leaves out: in the case "rare x'" it grows by orders of magnitude.
     (a + b)²    holds for every d^μ, as γ u′u − u² <= (γu′/2)² for u = vᵀ∇Q(x), u′ = vᵀ∇Q(x′), and |u′| is at most
                 L ‖v_w‖ + g ‖v_M‖. By Eq. 18, g <= L ‖w‖ ‖x‖ / (√k σ̂), so b falls as Eq. 7 says.
 Since (a + b)² <= η a² + η/(η−1) b² (equal for some v), Eq. 9 makes C_OffPolicy negative for every d^μ once
