@@ -1,85 +1,86 @@
 """Baird's counterexample: where TD learning diverges, what LayerNorm changes, and how much ℓ² is left to add.
 
-    python baird.py                            # every approximator, 10 seeds: figure, table, curves
+    python baird.py                            # every approximator, 10 seeds: figure and tables
     python baird.py --sampled                  # sampled transitions with importance weights, not expected updates
-    python baird.py --activation relu --width 32 --l2 0.01 0.25
-    tensorboard --logdir runs
+    python baird.py --activation tanh --width 32 --l2 0.01 0.25
 
 The setting is Section 5.1, Fig. 5a, of "Simplifying Deep Temporal Difference Learning" (Gallici et al., ICLR 2025),
 whose equation numbers are used here. Every reward is 0, so the true value is 0 in all seven states, and the value error
 is the root mean square of V over them. (ℓ² pulls towards 0 too: here it costs no accuracy, elsewhere it does.)
 
-A run ends in one of three ways. *Diverged at update N*: |V| reached --limit in some state, or overflowed, at update N.
-*Converged*: the value error is below --tolerance throughout the last tenth of the updates. *Bounded*: neither, so it
-may still be on its way when the updates end. Means over seeds count an error above --limit as --limit.
+A run ends in one of three ways. *Diverged at update N*: |V| reached 1e12 in some state, or overflowed, at update N.
+*Converged*: the value error is below 0.01 throughout the last tenth of the updates. *Bounded*: neither, so it may still
+be on its way when the updates end.
 
-Two predictions are made from the initial weights; above 0 means "will diverge", and the table counts the seeds that end
-otherwise. *Jacobian*: the largest real part among the eigenvalues of d(expected update)/d(weights), with its ℓ² term.
-*SEEM* (Yue et al., NeurIPS 2023): that of γG(X*, X) − G(X, X), where G holds the inner products of ∇V; it has no ℓ².
+Three predictions are measured along each run, from its weights at that moment; above 0 they say "will diverge":
+    SEEM       (Yue et al., NeurIPS 2023) the largest real part among the eigenvalues of γG(X*, X) − G(X, X), where G
+               holds the inner products of ∇V. It knows nothing of ℓ², and is claimed for late, not for initial weights.
+    Jacobian   the same of J = d(expected update)/dφ, ℓ² included: above 0, this φ repels in some direction.
+    criterion  max vᵀJv over all v of norm 1: the paper's own. Below 0 everywhere it is sufficient for stability;
+               it is not necessary, so a value above 0 predicts nothing by itself.
 """
 
 import csv
 import math
-import os
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
+
+# What an option may be, which check() enforces: the words for the error, the test
+Count = Annotated[int, "at least 1", lambda x: x >= 1]
+Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
+Positive = Annotated[float, "positive and finite", lambda x: 0 < x < math.inf]
+Sweep = Annotated[
+    tuple[float, float, int],
+    "LOWEST HIGHEST COUNT with 0 < LOWEST <= HIGHEST <= 1e6 and 0 <= COUNT <= 100",
+    lambda sweep: 0 < sweep[0] <= sweep[1] <= 1e6 and 0 <= sweep[2] <= 100,
+]
+
+NETWORKS = ("linear", "MLP", "LayerNorm")
+LIMIT = 1e12  # a run has diverged once |V| reaches this
+TOLERANCE = 0.01  # a run has converged if its value error stays below this
+FLOOR = 1e-9  # a run is over once |V| is below this in every state
 
 
 @dataclass
 class Args:
-    seed: int = 1
+    seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
     """the first seed: the runs use seed, seed + 1, ..."""
-    num_seeds: int = 10
+    num_seeds: Count = 10
     """how many seeds, all of them in one batch"""
-    updates: int = 20000
+    updates: Count = 20000
     """updates per run"""
-    step_size: float = 0.01
+    step_size: Positive = 0.01
     """the constant step size"""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """the discount factor"""
     sampled: bool = False
     """follow the behaviour policy and weight each transition by importance, instead of taking expected updates"""
-    width: int = 64
+    width: Annotated[int, "2 to 256 (the Jacobian has 9 columns for each)", lambda x: 2 <= x <= 256] = 64
     """hidden units k of the two networks"""
     activation: Literal["gelu", "relu", "tanh", "elu", "identity"] = "gelu"
     """sigma_Post of Eq. 5, and the MLP's activation; sigma_Pre is the identity"""
-    l2: tuple[float, ...] = (0.01,)
+    m_scale: Annotated[float, "positive, at most 1e6", lambda x: 0 < x <= 1e6] = 1.0
+    """the initial M of both networks is multiplied by this"""
+    l2: Annotated[tuple[float, ...], "0 to 1e6 each", lambda l2: all(0 <= x <= 1e6 for x in l2)] = (0.01,)
     """coefficients of l2 on the last layer, a row of the table for each approximator and coefficient"""
-    eta: float = 1.1
-    """eta of Eq. 9, the last row: l2 of eta (gamma L / 2)^2 on w and of eta - 1 on M"""
-    last_layer_only: bool = False
-    """leave Eq. 9's l2 on M out"""
-    sweep: tuple[float, float, int] = (0.001, 10.0, 17)
+    eta: Annotated[float, "in [1, 1e6]", lambda x: 1 <= x <= 1e6] = 1.1
+    """eta of Eq. 9: l2 of eta (gamma L / 2)^2 on w and of eta - 1 on M"""
+    sweep: Sweep = (0.001, 10.0, 17)
     """lowest and highest l2 of the sweep on the last layer, and how many (0: no sweep)"""
-    tolerance: float = 0.01
-    """a run has converged if its value error is below this throughout the last tenth of the updates"""
-    limit: float = 1e12
-    """a run has diverged once |V| reaches this; larger errors are written as this"""
-    floor: float = 1e-9
-    """a run below this value error has ended; smaller errors are written as this"""
-    out: str = ""
-    """where figure and tables go: "results/baird" makes results/baird.png and so on; default: the run folder"""
+    probes: Annotated[tuple[int, ...], "not negative each", lambda x: min(x, default=0) >= 0] = (0, 40, 1000, 20000)
+    """updates after which the predictions are tabulated; for those beyond the last update, the last one"""
+    out: Annotated[str, "a name, as in results/name", lambda x: not x.endswith("/")] = ""
+    """where figure and tables go: "results/baird" makes results/baird.png and so on; default: a folder in runs"""
 
 
-class Row(NamedTuple):
-    """A row of the table, for all seeds."""
-
-    name: str
-    network: str
-    l2_last_layer: float
-    l2_M: float
-    swept: bool  # a point of the right panel rather than a curve of the left one
-
-
-# -- The problem and its approximators
+# -------------------------------------------------------------------------------- the problem and its approximators
 
 
 def features():
@@ -90,13 +91,13 @@ def features():
     return x
 
 
-def initial_weights(network, width, generator):
+def initial_weights(network, width, m_scale, generator):
     """φ, (P,): the networks' start is [w, Vec(M)]."""
     if network == "linear":  # the literature's start, the same for every seed
         return torch.tensor([1, 1, 1, 1, 1, 1, 10, 1], dtype=torch.float64)
     m = torch.randn(8 * width, generator=generator, dtype=torch.float64) / 8**0.5
     w = torch.randn(width, generator=generator, dtype=torch.float64)
-    return torch.cat([w if network == "LayerNorm" else w / width**0.5, m])
+    return torch.cat([w if network == "LayerNorm" else w / width**0.5, m_scale * m])
 
 
 def values(network, activation, phi):
@@ -134,251 +135,300 @@ def sampled_weight(state, next_state):
     return 7.0 * torch.nn.functional.one_hot(state.long(), 7) * (next_state == 6).unsqueeze(-1)
 
 
+# -------------------------------------------------------------------------------------------- the three predictions
+
+
+def seem(network, activation, phi, gamma):
+    """λ_max of γG(X*, X) − G(X, X), (runs, P) -> (runs,); X* is state 7 for every state of X."""
+    gradients = torch.func.vmap(torch.func.jacrev(lambda phi: values(network, activation, phi)))(phi)
+    gram = gradients @ gradients.mT
+    return largest(torch.linalg.eigvals, gamma * gram[:, 6:] - gram)
+
+
+def jacobian(network, activation, phi, gamma, l2):
+    """J = d(expected update)/dφ with its ℓ² term, for one φ: (P,) -> (P, P)."""
+    mean_update = torch.func.jacfwd(lambda phi: td_update(network, activation, phi, gamma)[1])
+    return mean_update(phi) - torch.diag(l2)
+
+
+def largest(eigenvalues, matrices):
+    """The largest real part of the eigenvalues of each matrix, (runs, n, n) -> (runs,); NaN if it is not finite."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    found = torch.full(finite.shape, math.nan, dtype=torch.float64)
+    found[finite] = eigenvalues(matrices[finite]).real.amax(-1)
+    return found
+
+
+def linear_threshold(gamma):
+    """The ℓ² above which the linear approximator is stable: the largest real part among its Jacobian's eigenvalues,
+    in closed form. At γ = 0.99 it is 0.239; it is positive, so that without ℓ² TD diverges, just if γ > 15/17."""
+    b = 17 * gamma - 15
+    return (b + math.sqrt(max(0.0, b * b - 104 * (1 - gamma)))) / 14
+
+
+# ------------------------------------------------------------------------------------------------- running them
+
+
+class Row(NamedTuple):
+    """One approximator with its ℓ², run with every seed."""
+
+    name: str
+    network: str
+    l2_w: float  # on the last layer
+    l2_M: float
+    swept: bool = False  # a point of the sweep rather than a curve
+
+
+def table_rows(args, network):
+    low, high, count = args.sweep
+    grid = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).tolist()
+    rows = [Row(network, network, 0.0, 0.0)]
+    rows += [Row(f"{network} + l2 {l2:.3g}", network, l2, 0.0) for l2 in args.l2]
+    if network == "LayerNorm":
+        rows.append(Row("LayerNorm + Eq. 9, w only", network, args.eta * eq9_bound(args), 0.0))
+        rows.append(Row("LayerNorm + Eq. 9", network, args.eta * eq9_bound(args), args.eta - 1))
+    return rows + [Row(f"{network} + l2 {l2:.3g}, swept", network, l2, 0.0, True) for l2 in grid]
+
+
 def lipschitz(activation):
     """L_Post, the steepest slope: 1, but for GELU the one at √2, Φ(√2) + √2 φ(√2) = 1.129."""
     return (1 + math.erf(1)) / 2 + math.exp(-1) / math.pi**0.5 if activation == "gelu" else 1.0
 
 
-def table_rows(args):
-    low, high, count = args.sweep
-    grid = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).tolist() if count else []
-    # Eq. 9 is printed with γ^(L/2); its proof derives (γL/2)², which is meant.
-    eq9 = args.eta * (args.gamma * lipschitz(args.activation) / 2) ** 2
-    rows = []
-    for network in ("linear", "MLP", "LayerNorm"):
-        rows.append(Row(network, network, 0.0, 0.0, False))
-        rows += [Row(f"{network} + l2 {l2:.3g}", network, l2, 0.0, False) for l2 in args.l2]
-        if network == "LayerNorm" and args.last_layer_only:
-            rows.append(Row("LayerNorm + Eq. 9, w only", network, eq9, 0.0, False))
-        elif network == "LayerNorm":
-            rows.append(Row("LayerNorm + Eq. 9", network, eq9, args.eta - 1, False))
-        rows += [Row(f"{network} + l2 {l2:.3g}", network, l2, 0.0, True) for l2 in grid]
-    return rows
-
-
-# -- Running them
+def eq9_bound(args):
+    """(γL/2)²: Eq. 9's coefficient of w at η = 1, as its proof (Appendix B.3) derives it."""
+    return (args.gamma * lipschitz(args.activation) / 2) ** 2
 
 
 def train(args, network, phi, l2, visited, points):
     """All runs at once: φ and ℓ² are (runs, P), visited (runs, updates + 2) holds the states if they are sampled.
 
-    Returns the value errors (points, runs), and the update at which each run diverged, -1 if it did not. A run that has
-    diverged or come below the floor leaves the batch.
+    Returns φ at `points`, (points, runs, P), NaN once a run has diverged, and the update at which it did, -1 if it did
+    not. A run that is over leaves the batch.
     """
-    runs, curve = torch.arange(len(phi)), []
-    error, diverged_at = torch.zeros(len(phi), dtype=torch.float64), torch.full((len(phi),), -1)
-    weight = 1 / 7
+    runs, path, diverged_at = torch.arange(len(phi)), [], torch.full((len(phi),), -1)
+    latest, weight = phi.clone(), 1 / 7
     for update in range(args.updates + 1):
         if args.sampled:
             weight = sampled_weight(visited[runs, update], visited[runs, update + 1])
         v, direction = td_update(network, args.activation, phi, args.gamma, weight)
-        over = ~(v.abs().amax(-1) < args.limit)  # true for the NaN that follows an overflow
-        if over.any():
-            diverged_at[runs[over & (diverged_at[runs] < 0)]] = update
+        largest = v.abs().amax(-1)
+        diverged = ~(largest < LIMIT)  # true for the NaN that follows an overflow
+        going_on = ~diverged & (largest >= FLOOR)
+        if update in points or not going_on.all():
+            latest[runs] = torch.where(diverged.unsqueeze(-1), math.nan, phi)
+            diverged_at[runs[diverged]] = update
+            runs, phi, l2, direction = runs[going_on], phi[going_on], l2[going_on], direction[going_on]
         if update in points:
-            error[runs] = v.square().mean(-1).sqrt().clamp(args.floor, args.limit)
-            error[diverged_at >= 0] = args.limit
-            curve.append(error.clone())
-            keep = (diverged_at[runs] < 0) & (error[runs] > args.floor)
-            runs, phi, l2, direction = runs[keep], phi[keep], l2[keep], direction[keep]
-            if not len(runs):
-                break
+            path.append(latest.clone())
+        if not len(runs):
+            break
         phi = phi + args.step_size * (direction - l2 * phi)  # Eq. 1 with Eq. 9's regulariser
-    return torch.stack(curve + [error] * (len(points) - len(curve))), diverged_at
-
-
-def mean_path_jacobian(network, activation, phi, gamma):
-    """d(expected update)/dφ without ℓ², for one φ: (P,) -> (P, P)."""
-    return torch.func.jacfwd(lambda phi: td_update(network, activation, phi, gamma)[1])(phi)
-
-
-def seem(network, activation, phi, gamma):
-    """The largest real part among the eigenvalues of γG(X*, X) − G(X, X); X* is state 7 for every state of X."""
-    gradients = torch.func.jacrev(lambda phi: values(network, activation, phi))(phi)
-    gram = gradients @ gradients.T
-    return torch.linalg.eigvals(gamma * gram[6:] - gram).real.max().item()
+    return torch.stack(path + [latest] * (len(points) - len(path))), diverged_at
 
 
 def run_network(args, network, rows, points):
-    """All rows of a network with all seeds in one batch: the value errors (points, rows, seeds), a result per row."""
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_seeds)]
-    start = torch.stack([initial_weights(network, args.width, generator) for generator in generators])
+    """All rows of a network with all seeds in one batch: φ at `points` (points, rows, seeds, P), diverged_at (rows,
+    seeds), ℓ² (rows, P). The linear approximator starts alike with every seed: unless sampled, one run is all."""
+    seeds = 1 if network == "linear" and not args.sampled else args.num_seeds
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(seeds)]
+    start = torch.stack([initial_weights(network, args.width, args.m_scale, generator) for generator in generators])
     last = 8 if network == "linear" else args.width  # the size of the last layer
-    l2 = [[row.l2_last_layer] * last + [row.l2_M] * (start.shape[1] - last) for row in rows]
+    l2 = [[row.l2_w] * last + [row.l2_M] * (start.shape[1] - last) for row in rows]
     l2 = torch.tensor(l2, dtype=torch.float64)
     visited = None
     if args.sampled:
-        shape = (args.updates + 2,)
-        visited = torch.stack([torch.randint(7, shape, generator=g, dtype=torch.uint8) for g in generators])
+        size = (args.updates + 2,)
+        visited = torch.stack([torch.randint(7, size, generator=g, dtype=torch.uint8) for g in generators])
         visited = visited.repeat(len(rows), 1)
     phi = start.repeat(len(rows), 1)
-    errors, diverged_at = train(args, network, phi, l2.repeat_interleave(args.num_seeds, 0), visited, points)
-    errors, diverged_at = errors.unflatten(1, (len(rows), -1)), diverged_at.unflatten(0, (len(rows), -1))
-
-    jacobians = [mean_path_jacobian(network, args.activation, phi, args.gamma) for phi in start]
-    seems = [seem(network, args.activation, phi, args.gamma) for phi in start]
-    results = []
-    for i, row in enumerate(rows):
-        at = diverged_at[i][diverged_at[i] >= 0].tolist()
-        converged = int((errors[-len(points) // 10 :, i].amax(0) < args.tolerance).sum())
-        result = row._asdict()
-        result |= {"diverged": len(at), "bounded": args.num_seeds - len(at) - converged, "converged": converged}
-        result |= {"diverged_first": min(at, default=""), "diverged_last": max(at, default="")}
-        end = errors[-1, i]
-        result |= {"error_mean": end.mean().item(), "error_low": end.min().item(), "error_high": end.max().item()}
-        if not row.swept:
-            jacobian = [torch.linalg.eigvals(j - torch.diag(l2[i])).real.max().item() for j in jacobians]
-            for prediction, value in (("jacobian", jacobian), ("seem", seems)):
-                # Weights that no V depends on have eigenvalue 0, up to rounding.
-                wrong = ((torch.tensor(value) > 1e-9) != (diverged_at[i] >= 0)).sum().item()
-                result |= {prediction: sum(value) / args.num_seeds, f"{prediction}_wrong": wrong}
-        results.append(result)
-    return errors, results
+    path, diverged_at = train(args, network, phi, l2.repeat_interleave(seeds, 0), visited, points)
+    return path.unflatten(1, (len(rows), seeds)), diverged_at.unflatten(0, (len(rows), seeds)), l2
 
 
-# -- Reporting
+def value_errors(args, network, path):
+    error = values(network, args.activation, path).square().mean(-1).sqrt()
+    return error.nan_to_num(nan=LIMIT).clamp(FLOOR, LIMIT)
 
 
-def ending(row):
-    """How a row's seeds ended, in words."""
-    kinds = [kind for kind in ("diverged", "bounded", "converged") if row[kind]]
-    words = [kind if len(kinds) == 1 else f"{row[kind]} {kind}" for kind in kinds]
-    if row["diverged"]:
-        first, last = row["diverged_first"], row["diverged_last"]
-        words[0] += f" at update {first:,}" + f" to {last:,}" * (first < last)
-    return ", ".join(words)
+def outcome(args, row, errors, seems, diverged_at, points):
+    """How a row's seeds ended, in numbers and in words; errors and seems are (points, seeds)."""
+    at = diverged_at[diverged_at >= 0].tolist()
+    converged = int((errors[[point >= 0.9 * args.updates for point in points]].amax(0) < TOLERANCE).sum())
+    counts = {"diverged": len(at), "bounded": len(diverged_at) - len(at) - converged, "converged": converged}
+    words = [f"{count} {kind}" for kind, count in counts.items() if count]
+    if at:
+        words[0] += f" at update {min(at):,}" + f" to {max(at):,}" * (min(at) < max(at))
+    result = row._asdict() | {"seeds": len(diverged_at)} | counts | {"ended": ", ".join(words)}
+    result |= spread("error", errors[-1]) | {"largest_error": errors.max().item()}
+    if row.swept:
+        return result | {"SEEM > 0 late": ""}
+    late = seems[[point >= args.updates / 2 for point in points]]
+    return result | {"SEEM > 0 late": int((late > 1e-6).any(0).sum())}  # seeds, at some point of the second half
 
 
-def print_tables(args, table):
-    cells = [["approximator", "l2 on w, M", "how the seeds ended", "mean error", "Jacobian", "wrong", "SEEM", "wrong"]]
-    for row in table:
-        if not row["swept"]:
-            cells.append([row["name"], f"{row['l2_last_layer']:.3g}, {row['l2_M']:.3g}", ending(row)])
-            cells[-1] += [f"{row['error_mean']:.2g}", f"{row['jacobian']:+.3f}", f"{row['jacobian_wrong'] or '-'}"]
-            cells[-1] += [f"{row['seem']:+.3f}", f"{row['seem_wrong'] or '-'}"]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print()
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"wrong: how many of the {args.num_seeds} seeds ended unlike the prediction\n")
-    for network in dict.fromkeys(row["network"] for row in table if row["swept"]):
-        answer, below = "none in the sweep", ""
-        for row in table:
-            if row["swept"] and row["network"] == network:
-                if row["converged"] == args.num_seeds:
-                    answer = f"{row['l2_last_layer']:.3g}{below}"
-                    break
-                below = f" ({row['l2_last_layer']:.3g} is too little)"
-        print(f"smallest l2 with which all seeds converge in {args.updates:,} updates, {network}: {answer}")
+def predict(args, row, l2, phi, diverged_at, update):
+    """What each prediction says of the seeds that are still running at an update, and of how many it is wrong."""
+    running = ~phi.isnan().any(-1)
+    js = torch.stack([jacobian(row.network, args.activation, one, args.gamma, l2) for one in phi[running]])
+    line = {"name": row.name, "update": update, "running": len(js)}
+    for name, value in (
+        ("SEEM", seem(row.network, args.activation, phi[running], args.gamma)),
+        ("Jacobian", largest(torch.linalg.eigvals, js)),
+        ("criterion", largest(torch.linalg.eigvalsh, (js + js.mT) / 2)),
+    ):
+        positive = value > 1e-6  # not 0, as weights that no V depends on have eigenvalue 0, up to rounding
+        line[f"{name} > 0"] = int(positive.sum())
+        line[f"{name} wrong"] = int((positive != (diverged_at[running] >= 0)).sum())
+        line |= spread(name, value)
+    return line
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+def spread(name, value):
+    """The median, of an even number the lower middle one so that no diverged run is averaged in, and the range."""
+    value = value[~value.isnan()]
+    found = [value.median().item(), value.min().item(), value.max().item()] if len(value) else [""] * 3
+    return dict(zip((f"{name}_median", f"{name}_low", f"{name}_high"), found, strict=True))
 
 
-def draw(args, path, points, rows, errors):
-    """Left: Fig. 5a, every seed thin and their mean thick. Right: the errors at the end over the sweep's ℓ²."""
-    colours = {"linear": "#D55E00", "MLP": "#0072B2", "LayerNorm": "#009E73"}  # distinct for colour-blind eyes too
-    plt.switch_backend("Agg")  # into a file, screen or not
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
-    for row, error in zip(rows, errors, strict=True):
-        if not row.swept:
-            style = "-" if row.name == row.network else "-." if "Eq. 9" in row.name else "--"
-            left.plot(points, error, color=colours[row.network], linewidth=0.5, alpha=0.4)
-            left.plot(points, error.mean(-1), style, color=colours[row.network], linewidth=2.2, label=row.name)
-    for network, marker in (("linear", "o-"), ("MLP", "s-"), ("LayerNorm", "^-")):
-        swept = [i for i, row in enumerate(rows) if row.swept and row.network == network]
-        if swept:
-            l2, end = [rows[i].l2_last_layer for i in swept], torch.stack([errors[i][-1] for i in swept])
-            right.plot(l2, end, color=colours[network], linewidth=0.5, alpha=0.4)
-            right.plot(l2, end.mean(-1), marker, color=colours[network], linewidth=2.2, label=network)
-    eq9 = (args.gamma * lipschitz(args.activation) / 2) ** 2
-    right.axvline(eq9, color="black", linestyle=":", label=f"Eq. 9 at $\\eta$ = 1: $(\\gamma L/2)^2$ = {eq9:.3f}")
-    for axes in (left, right):
-        axes.axhline(args.tolerance, color="grey", linewidth=1, linestyle=":")
-        axes.grid(alpha=0.25)
-    kind = "sampled transitions" if args.sampled else "expected updates"
-    left.set(title=f"Baird's counterexample, {kind}, {args.num_seeds} seeds", xlabel="updates")
-    left.set(yscale="log", ylim=(args.floor / 3, args.limit * 3), ylabel="value error (RMS over the 7 states)")
-    left.legend(fontsize=9, loc="center right", bbox_to_anchor=(1, 0.72))
-    right.set(title=f"How much $\\ell^2$ each needs: the error after {args.updates:,} updates", xscale="log")
-    right.set(xlabel="$\\ell^2$ coefficient on the last layer")
-    right.legend(fontsize=9, loc="lower left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def can_write(folder):
-    while folder and not os.path.exists(folder):  # it will be made inside the nearest one that exists
-        folder = os.path.dirname(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder or "."):
-            return True
-    except OSError:
-        return False
-
-
-def check(args):
-    """For input that cannot work: one line and exit code 2, before anything is written."""
-    low, high, count = args.sweep
-    numbers = [args.step_size, *args.l2, args.eta, low, high, args.tolerance, args.limit, args.floor]
-    for bad, message in [
-        (args.num_seeds < 1, "--num-seeds must be at least 1"),
-        (args.updates < 1, "--updates must be at least 1"),
-        (not 0 <= args.seed < 2**62, "--seed must be between 0 and 2^62"),
-        (not 2 <= args.width <= 256, "--width must be 2 to 256: the Jacobian has 9 * width columns"),
-        (not 0 <= args.gamma <= 1, "--gamma must be between 0 and 1"),
-        (not all(map(math.isfinite, numbers)), "step size, l2, eta, sweep and the three thresholds must be finite"),
-        (args.step_size <= 0, "--step-size must be above 0"),
-        (not all(0 <= l2 <= 1e6 for l2 in args.l2), "--l2 must be between 0 and 1e6"),
-        (not 0 <= args.eta <= 1e6, "--eta must be between 0 and 1e6, and Eq. 9 asks for more than 1"),
-        (not 0 <= count <= 100, "--sweep takes 0 to 100 coefficients"),
-        (not 0 < low <= high <= 1e6, "--sweep needs 0 < lowest <= highest <= 1e6"),
-        (not 0 < args.floor < args.tolerance < args.limit <= 1e100, "needs 0 < floor < tolerance < limit <= 1e100"),
-        (args.out.endswith(("/", os.sep)), "--out must end in a name, as in results/name"),
-        (not can_write(os.path.dirname(args.out)), f"cannot write into the folder of --out {args.out}, choose another"),
-        (not can_write("runs"), "cannot write into ./runs, where the TensorBoard file goes: start in another folder"),
-    ]:
-        if bad:
-            print(f"baird.py: error: {message}", file=sys.stderr)
-            sys.exit(2)
+# -------------------------------------------------------------------------------------------------------- main
 
 
 def main(args):
     check(args)
+    prefix = open_results(args.out or f"runs/Baird__baird__{args.seed}__{int(time.time())}/baird")
     torch.set_num_threads(1)  # the tensors are small: threads would wait for each other more than they help
-    folder = f"runs/Baird__baird__{args.seed}__{int(time.time())}"
-    prefix = args.out or f"{folder}/baird"
-    os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-    writer = SummaryWriter(folder)
-    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    probes = {min(probe, args.updates) for probe in args.probes}
+    points = probes | {round(i / 50 * args.updates) for i in range(51)}
+    points = sorted(points | {round(args.updates ** (i / 50)) for i in range(51)})  # dense at the beginning
 
-    points = sorted({round(i * args.updates / 200) for i in range(201)})
-    rows, errors, table = table_rows(args), [], []
-    for network in ("linear", "MLP", "LayerNorm"):
-        its_rows = [row for row in rows if row.network == network]
-        print(f"{network}: {len(its_rows) * args.num_seeds} runs of {args.updates:,} updates", flush=True)
-        its_errors, results = run_network(args, network, its_rows, points)
-        errors += its_errors.unbind(1)  # each (points, seeds)
-        table += results
-
-    settings = "seed num_seeds updates step_size gamma sampled width activation tolerance limit floor".split()
-    write_csv(f"{prefix}_table.csv", [{**row, **{name: getattr(args, name) for name in settings}} for row in table])
-    curves = []
-    for row, error in zip(rows, errors, strict=True):
-        for update, seeds in zip(points, error, strict=True):
+    table, predictions, drawn = [], [], []
+    for network in NETWORKS:
+        rows = table_rows(args, network)
+        path, diverged_at, l2 = run_network(args, network, rows, points)
+        for i, row in enumerate(rows):
+            errors = value_errors(args, network, path[:, i])
+            seems = torch.empty(0)
             if not row.swept:
-                mean, low, high = seeds.mean().item(), seeds.min().item(), seeds.max().item()
-                curves.append({"name": row.name, "update": update, "mean": mean, "low": low, "high": high})
-                writer.add_scalar(f"value_error/{row.name}", mean, update)
-    write_csv(f"{prefix}_curves.csv", curves)
-    writer.close()
-    draw(args, f"{prefix}.png", points, rows, errors)
-    print_tables(args, table)
-    print(f"\nwritten: {prefix}.png, {prefix}_table.csv, {prefix}_curves.csv; TensorBoard: {folder}")
+                seems = seem(network, args.activation, path[:, i].flatten(0, 1), args.gamma).view_as(errors)
+            table.append(outcome(args, row, errors, seems, diverged_at[i], points))
+            if not row.swept:
+                drawn.append((table[-1], errors, seems))
+                for point in sorted(probes):
+                    phi = path[points.index(point), i]
+                    if not phi.isnan().all():
+                        predictions.append(predict(args, row, l2[i], phi, diverged_at[i], point))
+
+    settings = "seed num_seeds updates step_size gamma sampled width activation m_scale eta".split()
+    settings = {name: getattr(args, name) for name in settings}
+    write_csv(f"{prefix}.csv", [row | settings for row in table])
+    write_csv(f"{prefix}_predictions.csv", [row | settings for row in predictions])
+    draw(args, f"{prefix}.png", points, table, drawn)
+    show([row for row in table if not row["swept"]], "name l2_w l2_M ended error_median largest_error".split())
+    show(predictions, ["name", "update", "running", "SEEM > 0", "Jacobian > 0", "criterion > 0"])
+    for network in NETWORKS:
+        rows = [row for row in table if row["swept"] and row["network"] == network]
+        if rows:
+            stable, converged = (from_which_on(rows, name) for name in ("diverged", "converged"))
+            print(f"{network}, {args.updates:,} updates: no seed diverges {stable}, all converge {converged}")
+    print(f"linear, however many updates: stable with l2 above {linear_threshold(args.gamma):.5f}")
+    print(f"written: {prefix}.png, {prefix}.csv, {prefix}_predictions.csv")
+
+
+# ------------------------------------------------------------------------------------------------- bookkeeping
+
+
+def fail(message):
+    """Ends the program for a reason that the user can mend; nothing has been written."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args):
+    """Refuses options that are out of range."""
+    for option in fields(args):
+        words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
+        if not allowed(value := getattr(args, option.name)):
+            fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
+
+
+def open_results(prefix):
+    """Tries to write before the work begins."""
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{prefix}.csv").touch()
+    except OSError as error:
+        fail(f"cannot write {prefix}.csv: {error.strerror}")
+    return prefix
+
+
+def text(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerows([rows[0].keys(), *(map(text, row.values()) for row in rows)] if rows else [])
+
+
+def show(rows, columns):
+    """Rows as columns of equal width."""
+    cells = [columns] + [[text(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def from_which_on(rows, end):
+    """The smallest l2 of a sweep from which on no seed diverged, or all converged."""
+    found = "nowhere in the sweep"
+    for row in reversed(rows):
+        if row[end] != (row["seeds"] if end == "converged" else 0):
+            break
+        found = f"from l2 {row['l2_w']:.3g} on"
+    return found
+
+
+def draw(args, path, points, table, drawn):
+    """Left: Fig. 5a. Middle: SEEM along the runs. Right: the sweep of ℓ²."""
+    colours = {"linear": "#D55E00", "MLP": "#0072B2", "LayerNorm": "#009E73"}  # distinct for colour-blind eyes too
+    plt.switch_backend("Agg")  # into a file, screen or not
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 6), layout="constrained")
+    for row, errors, seems in drawn:
+        name, colour = row["name"], colours[row["network"]]
+        style = "-" if name == row["network"] else ":" if "only" in name else "-." if "Eq. 9" in name else "--"
+        label = f"{name}: {row['diverged']}/{row['seeds']} diverged".replace("l2", "$\\ell^2$")
+        left.plot(points, errors, color=colour, linewidth=0.5, alpha=0.35)
+        left.plot(points, errors.median(-1).values, style, color=colour, linewidth=2.2, label=label)
+        if name in (*NETWORKS, "LayerNorm + Eq. 9"):
+            middle.plot(points, seems, style, color=colour, linewidth=0.6, alpha=0.5)
+            middle.plot(points, seems.nanmedian(-1).values, style, color=colour, linewidth=2.2, label=name)
+    for network, colour in colours.items():
+        rows = [row for row in table if row["swept"] and row["network"] == network]
+        for end, style in (("diverged", "o-"), ("converged", "s--")):
+            share, label = [row[end] / row["seeds"] for row in rows], f"{network}: {end}"
+            right.plot([row["l2_w"] for row in rows], share, style, color=colour, fillstyle="none", label=label)
+    exact, bound = linear_threshold(args.gamma), eq9_bound(args)
+    right.axvline(exact, color=colours["linear"], linestyle=":", label=f"linear, exactly: stable above {exact:.3f}")
+    right.axvline(bound, color="black", linestyle=":", label=f"Eq. 9 at $\\eta$ = 1: {bound:.3f}")
+    left.axhline(TOLERANCE, color="grey", linewidth=1, linestyle=":")
+    middle.axhline(0, color="black", linewidth=1)
+    kind = "sampled transitions" if args.sampled else "expected updates"
+    left.set(title=f"Baird's counterexample, {kind}: each run, and the median", xlabel="updates", yscale="log")
+    left.set(ylim=(FLOOR / 3, LIMIT * 3), ylabel="value error (RMS over the 7 states)")
+    middle.set_xscale("symlog", linthresh=1)
+    middle.set_yscale("symlog", linthresh=0.1)
+    middle.set(title="SEEM of the runs that have not diverged, and its median", xlabel="updates")
+    middle.set(xlim=(0, args.updates), ylim=(-10, 100), ylabel="SEEM (above 0 predicts divergence)")
+    right.set(title=f"How the seeds end after {args.updates:,} updates", xscale="log")
+    right.set(xlabel="$\\ell^2$ coefficient on the last layer", ylabel="share of the seeds")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
+    figure.savefig(path, dpi=85)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
