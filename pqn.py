@@ -378,8 +378,8 @@ def main(args: Args):
             network.train()
             metrics, updates = torch.zeros(3, device=device), 0
             for epochs, minibatch in minibatches((obs, actions, targets, real), args):
-                done = step + batch_size * epochs / args.update_epochs
-                learning_rate = linear_schedule(args.learning_rate, final_rate, done, horizon)
+                now = step + batch_size * epochs / args.update_epochs
+                learning_rate = linear_schedule(args.learning_rate, final_rate, now, horizon)
                 optimizer.prepare(learning_rate)
                 metrics += learn(*minibatch)
                 updates += 1
