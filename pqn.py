@@ -359,10 +359,10 @@ def main(args: Args):
     if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 300_000:
         torch.set_num_threads(1)  # so small a network is slower on two threads, which wait for each other
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, args)
-    collector = Collector(envs, network, mine, device)
     run = Run(args, optimizer.weights, checkpoint)
 
     with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+        collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
             epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)

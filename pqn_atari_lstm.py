@@ -467,10 +467,10 @@ def main(args: Args):
         torch.set_num_threads(1)  # so small a network is slower on two threads, which wait for each other
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, args)
     learn = capture(learn, args, device)
-    collector = Collector(envs, network, mine, device)
     run = Run(args, optimizer.weights, checkpoint)
 
     with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+        collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
             epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)
@@ -585,18 +585,19 @@ def capture(function, args: Args, device):
     def replay(*tensors):
         nonlocal calls, graph, inputs, outputs
         calls += 1
+        inputs = inputs or [tensor.clone() for tensor in tensors]  # a graph reads and writes where it always did
+        for own, tensor in zip(inputs, tensors, strict=True):
+            own.copy_(tensor)
         if calls <= 3:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                outputs = function(*tensors)
+                outputs = function(*inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             return outputs
         if graph is None:
-            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = function(*inputs)
-        for recorded, tensor in zip(inputs, tensors, strict=True):  # a graph reads and writes where it always did
-            recorded.copy_(tensor)
         graph.replay()
         return outputs
 
