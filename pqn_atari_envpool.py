@@ -24,6 +24,7 @@ import time
 import traceback
 import zipfile
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -89,7 +90,6 @@ class Args:
     norm_type: Literal["layer_norm", "layer_norm_map", "batch_norm", "none"] = "layer_norm"
     # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
     l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
-
     log_interval: Count = 4_000  # environment steps between two points of the curves (one rollout at least)
     checkpoint_interval: Count = 250_000  # environment steps between checkpoints (there is always one at the end)
     track: bool = False  # mirror the curves to Weights & Biases (needs `pip install wandb`)
@@ -368,12 +368,13 @@ def main(args: Args):
     step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
     batch_size = args.num_envs * args.num_steps
     if step + batch_size > args.total_timesteps:
-        fail(f"{args.resume} has done {step} steps already: ask for more with --total-timesteps")
+        fail(f"no rollout of {batch_size} steps fits between step {step} and --total-timesteps {args.total_timesteps}")
     # Saved with the run, so that --resume with a longer --total-timesteps does not stretch the schedules
     args = replace(args, schedule_timesteps=args.schedule_timesteps or args.total_timesteps)
     args = replace(args, precision=pick_precision(args.precision, device))
     horizon, final_rate = args.schedule_timesteps, 0.0 if args.anneal_lr else args.learning_rate
-    mine = replace(args, num_envs=args.num_envs // ranks, num_eval_envs=args.num_eval_envs * (rank == 0))
+    share = {"num_envs": args.num_envs // ranks, "num_eval_envs": args.num_eval_envs * (rank == 0)}
+    mine = replace(args, **share, l2_coef=args.l2_coef / ranks)  # what this one of several processes does
     envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # fresh after --resume
     torch.manual_seed(args.seed)
     network = QNetwork(*spaces(envs), args)
@@ -382,13 +383,13 @@ def main(args: Args):
         restore(checkpoint, network, optimizer)
     if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 200_000:
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
-    learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, args)
+    learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
     compute_targets = capture(partial(q_lambda_targets, gamma=args.gamma, q_lambda=args.q_lambda), args, device)
-    collector = Collector(envs, network, mine, device)
     run = Run(args, optimizer.weights, checkpoint)
 
     with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+        collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
             epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)
@@ -424,9 +425,12 @@ def main(args: Args):
 
 # ------------------------------------------------------------------------------------------------- bookkeeping
 def fail(message, code=2):
-    """Ends the program with one line for the user; with code 2, nothing has been written."""
-    if processes()[0] == 0:
-        print("error:", " ".join(message.split())[:500], file=sys.stderr)
+    """Ends the program with one line for the user, by the first process to fail; with code 2, nothing is written."""
+    (rank, ranks), is_first = processes(), True
+    with suppress(RuntimeError):  # they count in torchrun's store, which may have ended too
+        is_first = ranks == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    if is_first:
+        print(f"error{f' in process {rank}' * (ranks > 1)}:", " ".join(message.split())[:500], file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -434,10 +438,10 @@ def parse_args():
     """The command line, where 1e6 is a whole number. With --resume, it replaces options of the run that goes on."""
     whole = lambda match: f"{float(match[0]):.0f}" if float(match[0]).is_integer() else match[0]
     words = [re.sub(r"(?<![^=])\d+(\.\d+)?e\d+$", whole, word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, args=words)
-    if args.resume is not None:
+    cli = partial(tyro.cli, Args, args=words, console_outputs=processes()[0] == 0)
+    if (args := cli()).resume is not None:
         saved = Args(**load_checkpoint(args.resume)["args"])
-        args = tyro.cli(Args, args=words, default=saved)
+        args = cli(default=saved)
         if args.env_id != saved.env_id:
             fail(f"the checkpoint in {args.resume} is of {saved.env_id}, not of {args.env_id}")
     return args
@@ -456,8 +460,6 @@ def check(args: Args):
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {batch_size // ranks} steps")
     if args.norm_type == "batch_norm" and (batch_size == args.num_minibatches or ranks > 1):
         fail("batch norm needs two steps or more in a minibatch, and all of them in one process")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size} steps")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         fail("--compile needs a C++ compiler: install g++, or name another one in CXX")
 
@@ -504,18 +506,19 @@ def capture(function, args: Args, device):
     def replay(*tensors):
         nonlocal calls, graph, inputs, outputs
         calls += 1
+        inputs = inputs or [tensor.clone() for tensor in tensors]  # a graph reads and writes where it always did
+        for own, tensor in zip(inputs, tensors, strict=True):
+            own.copy_(tensor)
         if calls <= 3:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                outputs = function(*tensors)
+                outputs = function(*inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             return outputs
         if graph is None:
-            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = function(*inputs)
-        for recorded, tensor in zip(inputs, tensors, strict=True):  # a graph reads and writes where it always did
-            recorded.copy_(tensor)
         graph.replay()
         return outputs
 
@@ -525,7 +528,7 @@ def capture(function, args: Args, device):
 def processes():
     """Which of the processes that torchrun started this is, and how many they are; 0 and 1 without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(minutes=10))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -550,10 +553,9 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
-        if zipfile.ZipFile(path).testzip():  # checks the sums that torch.load() does not look at
-            raise ValueError("its data are damaged")
-        if checkpoint["script"] != script:
-            raise ValueError(f"it was made by {checkpoint['script']}.py")
+        damaged = zipfile.ZipFile(path).testzip()  # checks the sums that torch.load() does not look at
+        if damaged or checkpoint["script"] != script:
+            raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
         sum([checkpoint["step"], *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # if these are numbers
         check(Args(**checkpoint["args"]))
         return checkpoint
@@ -578,13 +580,15 @@ class Run:
 
     def __init__(self, args: Args, weights, checkpoint):
         checkpoint = checkpoint or {"step": 0, "last_returns": [], "eval_returns": []}
-        self.args, self.first_step, self.stopped, self.live = args, checkpoint["step"], 0, sys.stdout.isatty()
+        self.args, self.first_step, self.live = args, checkpoint["step"], sys.stdout.isatty()
         self.last_returns = [deque(checkpoint[name], 100) for name in ("last_returns", "eval_returns")]
         self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0  # since the last point of the curves
+        self.signal = self.stopped = 0  # the last signal, and the one that all processes have agreed to stop for
         self.started = self.shown = time.monotonic()
         name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
         self.folder = Path(args.resume or f"runs/{name}__{time.time_ns() // 1_000_000}")
         if processes()[0] > 0:  # the first process writes and shows what all of them do
+            self.save = lambda *_: None
             return
         try:
             if args.track:
@@ -602,23 +606,20 @@ class Run:
             fail(f"cannot open the run {self.folder}: {reason}")
         rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
         self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
-        device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
+        device = f"{weights.device} ({torch.get_num_threads()} CPU threads)" + ", compiling first" * args.compile
         print(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters", flush=True)
-        if args.compile:
-            print("the gradient step is compiled first, which takes up to a minute", flush=True)
         if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
             print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
 
     def log(self, step, epsilon, learning_rate, episodes, metrics, updates):
         """A point of every curve, the mean since the last one, when --log-interval is over; and the progress line."""
-        stopped, lists, sums = zip(*gather((self.stopped, episodes, metrics.tolist())), strict=True)
-        self.stopped = max(stopped)  # several processes stop after the same rollout
+        signals, paths, lists, sums = zip(*gather((self.signal, self.folder, episodes, metrics.tolist())), strict=True)
+        self.stopped, self.folder = max(signals), paths[0]  # several processes stop after the same rollout
         self.metrics += np.sum(sums, 0) / (1, 1, len(sums))  # each has its part of the first two, and the whole norm
         self.updates += updates
-        for ended_in_one in lists:
-            for kept, last, ended in zip(self.episodes, self.last_returns, ended_in_one, strict=True):
-                kept.extend(ended)
-                last.extend(episode_return for _, episode_return, _ in ended)
+        for kept, last, *ended in zip(self.episodes, self.last_returns, *lists, strict=True):
+            kept.extend(sum(ended, []))
+            last.extend(episode_return for _, episode_return, _ in sum(ended, []))
         if processes()[0] > 0:
             return
         total, batch_size, now = self.args.total_timesteps, self.args.num_envs * self.args.num_steps, time.monotonic()
@@ -648,8 +649,6 @@ class Run:
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
-        if processes()[0] > 0:
-            return
         content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
         state = {"script": Path(__file__).stem, "args": asdict(self.args), "threads": torch.get_num_threads()}
         state |= {"network": network.state_dict(), "rng_state": torch.get_rng_state(), "step": step}
@@ -673,14 +672,16 @@ class Run:
             words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
             print(", ".join(words))
             print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if not done:
             raise SystemExit(128 + self.stopped)
 
     def __enter__(self):
         def stop(signum, _):
-            self.stopped = signum
+            self.signal = signum
             signal.signal(signum, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this rollout\n")
+            os.write(2, b"\nstopping after this rollout\n" * (processes()[0] == 0))
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
@@ -691,8 +692,10 @@ class Run:
         self.lock = None  # closed, and so released
         print(end="\n" * self.live)  # what comes next starts below the progress line
         if isinstance(error, Exception):
-            from_envs = any(frame.name == "step_envs" for frame in traceback.extract_tb(where))
-            if from_envs or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
+            functions = {frame.name for frame in traceback.extract_tb(where)}
+            if functions & {"add_up", "gather"}:
+                error = ConnectionError(f"another process of this run has ended, or cannot be reached: {error}")
+            if "step_envs" in functions or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
                 traceback.print_exception(error)
             saved = f"; --resume {self.folder} goes on from its last checkpoint"
             fail(str(error) + saved * (self.folder / "checkpoint.pt").exists(), code=1)
