@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
+import literal
 import pytest
+import tiny_envs
 import torch
 
-import literal
 import pqn
 import pqn_atari_envpool as atari
 import pqn_atari_lstm as recurrent
-import tiny_envs
 
 SIZES = dict(num_envs=6, num_steps=7, num_eval_envs=2, num_minibatches=3, update_epochs=2, seed=7)
 # Schedules over more than the run's 5 rollouts of 42 steps; curves with a point for every two of them

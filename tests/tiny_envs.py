@@ -90,7 +90,7 @@ class SameStep(gym.vector.VectorEnv):
 
 
 class Eventful(gym.vector.VectorEnv):
-    """Random pictures, rewards and ends; what happened is kept in `first` and `steps`, and the environments in `made`."""
+    """Random pictures, rewards and ends. What happens is kept in `first` and `steps`, the environments in `made`."""
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
     single_observation_space, single_action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Discrete(3)
