@@ -76,6 +76,28 @@ class BadReward(PaysOne):
         return obs, reward if self.steps < 300 else float("nan"), *rest
 
 
+class Failing(PaysOne):
+    """Raises an error in the 300th step of an episode."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def step(self, action):
+        if self.steps == 299:
+            raise self.error("level7.map")
+        return super().step(action)
+
+
+class Empty(PaysOne):
+    """Observations without a single number."""
+
+    observation_space = gym.spaces.Box(-1, 1, (0,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(0, np.float32), super().reset(seed=seed)[1]
+
+
 class SameStep(gym.vector.VectorEnv):
     """Vectorised by itself, and resetting in the step that ends an episode."""
 
@@ -154,4 +176,7 @@ gym.register("Offset-v0", entry_point=Offset)
 gym.register("BothFlags-v0", entry_point=BothFlags)
 gym.register("Scalar-v0", entry_point=Scalar)
 gym.register("BadReward-v0", entry_point=BadReward)
+gym.register("Empty-v0", entry_point=Empty)
+for error in (OSError, RuntimeError, FloatingPointError):
+    gym.register(f"{error.__name__}-v0", entry_point=Failing, kwargs={"error": error})
 gym.register("SameStep-v0", entry_point=PaysOne, vector_entry_point=SameStep)
