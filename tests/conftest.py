@@ -1,14 +1,17 @@
 """What the tests of the three scripts share: each runs in an empty folder of its own."""
 
-import math
+import ast
 import sys
 from pathlib import Path
 
+import envpool
 import pytest
+import tiny_envs
 import torch
 import torch.nn as nn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import pqn
 import pqn_atari_envpool
 import pqn_atari_lstm
 
@@ -33,20 +36,26 @@ def train(in_an_empty_folder):
 
 @pytest.fixture
 def small_body(monkeypatch):
-    """The two Atari scripts with one dense layer in place of their convolutions: pictures may then have any size."""
+    """The Atari scripts with one dense layer in place of their convolutions, over pictures shrunk to 4 × 4 pixels."""
 
     def small(QNetwork):
         def make(observation_space, action_space, args):
             network = QNetwork(observation_space, action_space, args)
-            network.body = nn.Sequential(
-                nn.Flatten(), nn.Linear(math.prod(observation_space.shape), 512), nn.LayerNorm(512), nn.Tanh()
-            )
+            pixels = 16 * observation_space.shape[0]
+            pool = nn.AdaptiveAvgPool2d((4, 4))
+            network.body = nn.Sequential(pool, nn.Flatten(), nn.Linear(pixels, 512), nn.LayerNorm(512), nn.Tanh())
             return network
 
         return make
 
     for script in (pqn_atari_envpool, pqn_atari_lstm):
         monkeypatch.setattr(script, "QNetwork", small(script.QNetwork))
+
+
+@pytest.fixture
+def eventful_games(monkeypatch, small_body):
+    """Both Atari scripts play `tiny_envs.EventfulAtari`, whatever game they are told."""
+    monkeypatch.setattr(envpool, "make", lambda _, env_type, **kwargs: tiny_envs.EventfulAtari(**kwargs))
 
 
 @pytest.fixture
@@ -58,3 +67,16 @@ def curves():
         return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
     return curves
+
+
+@pytest.fixture
+def what_a_script_consists_of():
+    """The text of each function and class of a script, and of the lines that start it, by name."""
+
+    def parts(script):
+        source = Path(pqn.__file__).with_name(script).read_text()
+        body = ast.parse(source).body
+        text = {part.name: ast.get_source_segment(source, part) for part in body if hasattr(part, "name")}
+        return text | {"__main__": ast.get_source_segment(source, body[-1])}
+
+    return parts

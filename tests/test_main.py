@@ -31,10 +31,9 @@ PQN = OPTIONS | dict(env_id="tiny_envs:Eventful-v0", hidden_sizes=(16, 8), rewar
     ],
     ids=["pqn", "pqn-normalised-input", "pqn-single-transitions", "atari", "lstm", "lstm-window"],
 )
-def test_a_resumed_run_ends_where_a_literal_one_does(args, transcription, monkeypatch, train, curves, small_body):
+def test_a_resumed_run_ends_where_a_literal_one_does(args, transcription, monkeypatch, train, curves, eventful_games):
     script = __import__(type(args).__module__)
     monkeypatch.setattr(tiny_envs.Eventful, "made", [])
-    monkeypatch.setattr(script.envpool, "make", lambda _, env_type, **kwargs: tiny_envs.EventfulAtari(**kwargs))
     folder, first = train(replace(args, total_timesteps=3 * 42 + 5))
     _, checkpoint = train(replace(script.Args(**first["args"]), resume=str(folder), total_timesteps=5 * 42))
     assert (first["step"], checkpoint["step"]) == (3 * 42, 5 * 42)

@@ -418,9 +418,10 @@ def test_the_hyperparameter_table_names_every_option_and_the_device_that_was_use
 def test_the_progress_line_leaves_out_whole_fields_on_a_narrow_terminal_and_never_wraps(monkeypatch, capsys):
     clock = SimpleNamespace(monotonic=lambda: 100.0, time_ns=pqn.time.time_ns)
     monkeypatch.setattr(pqn, "time", clock)
-    run = pqn.Run(replace(SMALL, total_timesteps=1_000_000, schedule_timesteps=1_000_000), torch.zeros(5), None)
+    args = replace(SMALL, total_timesteps=1_000_000, schedule_timesteps=1_000_000)
+    run = pqn.Run(args, torch.zeros(5), {"step": 50_000, "last_returns": [], "eval_returns": []})
     run.live, clock.monotonic = True, lambda: 120.0
-    fields = "250,000/1,000,000 steps", "12,500/s", "0:01:00 left"
+    fields = "250,000/1,000,000 steps", "10,000/s", "0:01:15 left"
     fields += "return of the last 100 episodes 23.0 ± 1.0, greedy 468.8 ± 0.0", "ε 0.500"
     lines = [", ".join(fields[:count]) for count in range(6)]
     for columns in range(1, 130):

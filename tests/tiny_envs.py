@@ -154,7 +154,7 @@ class EventfulAtari(Eventful):
 
     def __init__(self, num_envs, seed, stack_num, **_):
         super().__init__(num_envs)
-        self.observation_space = gym.spaces.Box(0, 255, (stack_num, 5, 4), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (stack_num, 4, 4), np.uint8)
         self.random = np.random.default_rng(seed)
 
     def observe(self):
