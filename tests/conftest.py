@@ -1,6 +1,7 @@
 """What the tests of the three scripts share: each runs in an empty folder of its own."""
 
 import ast
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def train(in_an_empty_folder):
         return folder, torch.load(folder / "checkpoint.pt", weights_only=True)
 
     return train
+
+
+@pytest.fixture
+def heeded_signals():
+    """No signal is ignored, also where the tests were started with nohup. One that a script does not catch fails the
+    test, and does not end the process."""
+
+    def unnoticed(signum, _):
+        raise AssertionError(f"{signal.Signals(signum).name} ends the process")
+
+    before = {x: signal.signal(x, unnoticed) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield unnoticed
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

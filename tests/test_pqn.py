@@ -403,7 +403,7 @@ def test_greedy_environments_do_not_change_what_is_learned(train):
     assert torch.allclose(*weights, atol=1e-6)
 
 
-def test_broken_off_twice_and_resumed_a_run_ends_where_it_would_have(train, curves, monkeypatch):
+def test_broken_off_twice_and_resumed_a_run_ends_where_it_would_have(heeded_signals, train, curves, monkeypatch):
     args = replace(SMALL, num_envs=8, num_steps=25, num_eval_envs=0, total_timesteps=6_000)
     args = replace(args, log_interval=200, checkpoint_interval=1_000)
     collect, calls = pqn.Collector.collect, []

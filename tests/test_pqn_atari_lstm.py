@@ -138,7 +138,7 @@ def test_what_is_stored_reproduces_what_was_played(eventful_games):
                     assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_memory_ends_with_the_first_observation_of_an_episode_and_not_with_the_last_of_the_one_before():
+def test_memory_ends_with_the_first_observation_of_an_episode_and_not_with_the_last_of_the_one_before(small_body):
     collector = collector_for(max_episode_steps=5, num_steps=13)
     _, last_actions, starts, _, _, actions, _, _, truncated, real = collector.collect(1.0)[0]
     assert starts[0].all()

@@ -311,21 +311,13 @@ def test_a_folder_whose_lock_another_program_holds_is_refused(train, refusal):
 
 # -------------------------------------------------------------------------------------------------------- signals
 
-SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
-@pytest.fixture
-def usual_signals():
-    """Signals have their usual effect, also where the tests were started with nohup."""
-    before = {signum: signal.signal(signum, handler) for signum, handler in SIGNALS.items()}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("signum", SIGNALS, ids=[x.name for x in SIGNALS])
 def test_a_signal_is_acknowledged_at_once_and_ends_the_run_after_this_rollout(
-    signum, usual_signals, train, monkeypatch, capfd
+    signum, heeded_signals, train, monkeypatch, capfd
 ):
     said = []
 
@@ -341,21 +333,21 @@ def test_a_signal_is_acknowledged_at_once_and_ends_the_run_after_this_rollout(
     output = capfd.readouterr()
     assert said == ["\nstopping after this rollout\n"] and output.err == ""
     assert exit.value.code == 128 + signum
-    assert {signum: signal.getsignal(signum) for signum in SIGNALS} == SIGNALS
+    assert {signal.getsignal(signum) for signum in SIGNALS} == {heeded_signals}
     (folder,) = Path("runs").glob("*")
     assert "stopped at step 96" in output.out and f"go on with --resume {folder}" in output.out
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 96
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_a_signal_that_is_ignored_stays_ignored(signum, usual_signals, train, monkeypatch, capfd):
+@pytest.mark.parametrize("signum", SIGNALS, ids=[x.name for x in SIGNALS])
+def test_a_signal_that_is_ignored_stays_ignored(signum, heeded_signals, train, monkeypatch, capfd):
     signal.signal(signum, signal.SIG_IGN)
     during_rollout(3, lambda: os.kill(os.getpid(), signum), monkeypatch)
     assert train(SMALL)[1]["step"] == 320
     assert capfd.readouterr().err == "" and signal.getsignal(signum) == signal.SIG_IGN
 
 
-def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(usual_signals, train, monkeypatch, capsys):
+def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(heeded_signals, train, monkeypatch, capsys):
     during_rollout(10, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)  # of 10
     assert train(SMALL)[1]["step"] == 320
     assert "done at step 320" in capsys.readouterr().out
