@@ -121,6 +121,8 @@ def test_every_norm_type_is_what_it_says():
     kinds = {"layer_norm": torch.nn.LayerNorm, "batch_norm": torch.nn.BatchNorm1d, "none": torch.nn.Identity}
     for name, kind in kinds.items():
         assert isinstance(network_for(norm_type=name)[0].body[1], kind)
+    # As Flax has them by default, which the authors use
+    assert network_for()[0].body[1].eps == 1e-6 and network_for(norm_type="batch_norm")[0].body[1].momentum == 0.01
     network, _ = network_for(normalize_input=True)
     assert isinstance(network.body[0], torch.nn.BatchNorm1d) and network.body[0].num_features == 4
 

@@ -80,6 +80,12 @@ def test_layernorm_is_equation_6_at_every_position():
     assert torch.allclose(atari.norm_layer("layer_norm", 32, 4, 5)(x), 32**0.5 * eq6, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", [(), (20, 20)])
+def test_norms_have_the_constants_of_flax_which_the_authors_use(positions):
+    assert atari.norm_layer("layer_norm", 32, *positions).eps == 1e-6
+    assert atari.norm_layer("batch_norm", 32, *positions).momentum == 0.01
+
+
 def test_the_whole_map_norm_is_the_one_of_other_ports():
     norm = atari.norm_layer("layer_norm_map", 32, 20, 20)
     assert norm.weight.shape == (32, 20, 20)

@@ -165,6 +165,16 @@ def test_what_weights_and_biases_refuses_is_one_line_before_anything_is_written(
     assert refusal("pqn", "--track").endswith(": no API key: log in\n")
 
 
+def test_weights_and_biases_gets_the_options_and_the_name_of_the_run_so_that_it_can_be_resumed(monkeypatch, train):
+    seen = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: seen.append(options)))
+    folder, _ = train(replace(SMALL, track=True, wandb_project_name="mine", wandb_entity="us"))
+    (options,) = seen
+    assert options["config"]["num_envs"] == 4 and options["config"]["schedule_timesteps"] == 320
+    expected = dict(project="mine", entity="us", sync_tensorboard=True, id=folder.name, resume="allow")
+    assert {name: options[name] for name in expected} == expected
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(refusal):
     Path("runs").write_text("a file")
     assert "cannot open the run" in refusal("pqn")
@@ -405,6 +415,20 @@ def test_the_hyperparameter_table_names_every_option_and_the_device_that_was_use
     rows = text.tensor_proto.string_val[0].decode().splitlines()
     assert "|device|cpu|" in rows and "|num_envs|4|" in rows and "|hidden_sizes|(16,)|" in rows
     assert len(rows) == 2 + len(pqn.fields(SMALL))
+
+
+def test_in_a_pipe_progress_is_a_whole_line_every_10_seconds(monkeypatch, capsys):
+    clock = SimpleNamespace(monotonic=lambda: 100.0, time_ns=pqn.time.time_ns)
+    monkeypatch.setattr(pqn, "time", clock)
+    run = pqn.Run(replace(SMALL, schedule_timesteps=320), torch.zeros(5), None)
+    shown = []
+    for now in (101.0, 109.0, 111.0, 120.0, 122.0):
+        clock.monotonic = lambda now=now: now
+        capsys.readouterr()
+        run.log(32, 0.5, 1e-4, ([], []), torch.zeros(3), 0)
+        shown.append(capsys.readouterr().out)
+    assert [text.count("\n") for text in shown] == [0, 0, 1, 0, 1]
+    assert shown[2] == "32/320 steps, 3/s, 0:01:39 left, return of the last 0 episodes -, greedy -, ε 0.500\n"
 
 
 def test_the_progress_line_leaves_out_whole_fields_on_a_narrow_terminal_and_never_wraps(monkeypatch, capsys):
