@@ -131,7 +131,14 @@ def test_a_schedule_is_linear_up_to_its_end_and_over_no_time_at_its_end_at_once(
 
 @pytest.mark.parametrize("native, precision", [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32")])
 @pytest.mark.parametrize("script", [atari, recurrent])
-def test_bf16_is_taken_where_it_is_native_and_an_option_stands(script, native, precision, monkeypatch):
+def test_bf16_is_taken_where_it_is_native_and_an_option_stands(
+    script, native, precision, monkeypatch, train, eventful_games
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
-    choice = [script.pick_precision(name, torch.device("cpu")) for name in ("auto", "fp32", "bf16")]
-    assert choice == [precision, "fp32", "bf16"]
+    learned_in, loss = [], script.td_loss
+    monkeypatch.setattr(script, "td_loss", lambda network, *x: learned_in.append(network.dtype) or loss(network, *x))
+    for choice, expected in ("auto", precision), ("fp32", "fp32"), ("bf16", "bf16"):
+        learned_in.clear()
+        _, checkpoint = train(options_for(script, precision=choice, total_timesteps=42))
+        assert set(learned_in) == {torch.bfloat16 if expected == "bf16" else torch.float32}
+        assert checkpoint["args"]["precision"] == expected  # a resumed run keeps it, on another machine too
