@@ -19,7 +19,15 @@ import pqn_atari_lstm
 
 @pytest.fixture
 def in_an_empty_folder(tmp_path, monkeypatch):
+    """And what a failed run leaves open there is closed before the folder is left."""
+    opened = []
+    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm):
+        watched = lambda *x, make=script.SummaryWriter, **names: opened.append(make(*x, **names)) or opened[-1]
+        monkeypatch.setattr(script, "SummaryWriter", watched)
     monkeypatch.chdir(tmp_path)
+    yield
+    for writer in opened:
+        writer.close()
 
 
 @pytest.fixture
