@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from literal import target as literal_target
 
 import play
 import pqn
@@ -23,41 +21,11 @@ SMALL = pqn.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=1, to
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def train(args):
-    """Runs the script's main(); the folder and the checkpoint that it leaves."""
-    before = set(Path("runs").glob("*"))
-    pqn.main(args)
-    (folder,) = set(Path("runs").glob("*")) - before or {Path(args.resume)}
-    return folder, torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def curves(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-def run(*command, **options):
-    """A script in a process of its own, as a user starts it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+def in_an_empty_folder(in_an_empty_folder):
+    pass
 
 
 # ------------------------------------------------------------------------------------------------- Q(λ) targets
-
-
-def literal_target(t, rewards, values, terminated, truncated, gamma, q_lambda):
-    """The definition, one environment and one step at a time, as a recursion."""
-    if terminated[t]:
-        return rewards[t]
-    if truncated[t] or t == len(rewards) - 1:
-        return rewards[t] + gamma * values[t + 1]
-    future = literal_target(t + 1, rewards, values, terminated, truncated, gamma, q_lambda)
-    return rewards[t] + gamma * (q_lambda * future + (1 - q_lambda) * values[t + 1])
 
 
 def random_rollout(T, N, seed=0):
@@ -153,6 +121,8 @@ def test_every_norm_type_is_what_it_says():
     kinds = {"layer_norm": torch.nn.LayerNorm, "batch_norm": torch.nn.BatchNorm1d, "none": torch.nn.Identity}
     for name, kind in kinds.items():
         assert isinstance(network_for(norm_type=name)[0].body[1], kind)
+    # As Flax has them by default, which the authors use
+    assert network_for()[0].body[1].eps == 1e-6 and network_for(norm_type="batch_norm")[0].body[1].momentum == 0.01
     network, _ = network_for(normalize_input=True)
     assert isinstance(network.body[0], torch.nn.BatchNorm1d) and network.body[0].num_features == 4
 
@@ -248,7 +218,7 @@ def test_phantoms_change_neither_loss_nor_gradient(norm_type):
     assert (loss, q_value) == pytest.approx(alone[:2]) and torch.allclose(gradient, alone[2], atol=1e-6)
 
 
-def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state():
+def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state(train):
     # Every episode of BothFlags is one step long: the second step is a phantom, and a minibatch by itself.
     one_step = dict(num_envs=1, num_steps=1, num_minibatches=1, num_eval_envs=0, schedule_timesteps=100)
     args = replace(SMALL, env_id="tiny_envs:BothFlags-v0", l2_coef=0.1, **one_step)
@@ -262,7 +232,7 @@ def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state():
     assert torch.equal(state(results[0])["square"], state(results[1])["square"])
 
 
-def test_minibatches_of_phantoms_are_found_among_shuffled_ones():
+def test_minibatches_of_phantoms_are_found_among_shuffled_ones(train, curves):
     # Half of each rollout are phantoms, and every minibatch is one transition.
     sizes = dict(num_envs=2, num_steps=2, num_minibatches=4, num_eval_envs=0, update_epochs=3, total_timesteps=80)
     folder, checkpoint = train(replace(SMALL, env_id="tiny_envs:BothFlags-v0", **sizes))
@@ -307,7 +277,7 @@ def collector_for(env_id, **options):
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "tiny_envs:TimeLimited-v0"])
-def test_returns_and_lengths_are_those_of_whole_episodes(env_id):
+def test_returns_and_lengths_are_those_of_whole_episodes(env_id, monkeypatch):
     collector = collector_for(env_id, num_envs=3, num_eval_envs=2, num_steps=40)
     played = {i: [0] for i in range(5)}  # the lengths that the flags tell, counted one step at a time
     finished = []
@@ -324,14 +294,11 @@ def test_returns_and_lengths_are_those_of_whole_episodes(env_id):
                     played[i].append("ended")
         return result
 
-    pqn.step_envs = counting
-    try:
-        for _ in range(8):
-            _, train_episodes, eval_episodes = collector.collect(1.0)
-            assert {i for i, _, _ in train_episodes} <= {0, 1, 2} and {i for i, _, _ in eval_episodes} <= {3, 4}
-            finished += train_episodes + eval_episodes
-    finally:
-        pqn.step_envs = step_envs
+    monkeypatch.setattr(pqn, "step_envs", counting)
+    for _ in range(8):
+        _, train_episodes, eval_episodes = collector.collect(1.0)
+        assert {i for i, _, _ in train_episodes} <= {0, 1, 2} and {i for i, _, _ in eval_episodes} <= {3, 4}
+        finished += train_episodes + eval_episodes
     assert len(finished) >= 10
     for i in range(5):
         lengths = [length for env, _, length in finished if env == i]
@@ -385,13 +352,10 @@ def test_the_same_seed_gives_the_same_streams():
 
 
 @pytest.mark.parametrize("env_id", ["TimeLimitedCycle-v0", "Terminating-v0"])
-def test_a_time_limit_does_not_lower_values_and_a_termination_does(env_id):
-    options = f"--env-id tiny_envs:{env_id} --total-timesteps 40000 --num-envs 8 --num-steps 10 --gamma 0.9".split()
-    options += "--learning-rate 0.01 --reward-scale 1 --num-minibatches 1 --update-epochs 1 --num-eval-envs 0".split()
-    result = run("pqn.py", *options)
-    assert result.returncode == 0, result.stderr
-    (folder,) = Path("runs").glob("*")
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+def test_a_time_limit_does_not_lower_values_and_a_termination_does(env_id, train):
+    options = dict(num_envs=8, num_steps=10, num_minibatches=1, num_eval_envs=0, total_timesteps=24_000, gamma=0.9)
+    options |= dict(learning_rate=0.01, reward_scale=1.0, hidden_sizes=(64,))
+    _, checkpoint = train(replace(SMALL, env_id=f"tiny_envs:{env_id}", **options))
     args = pqn.Args(**checkpoint["args"])
     network = pqn.QNetwork(*pqn.spaces(pqn.make_envs(args, 1, (0,))), args)
     network.load_state_dict(checkpoint["network"])
@@ -401,31 +365,30 @@ def test_a_time_limit_does_not_lower_values_and_a_termination_does(env_id):
     assert values == pytest.approx(endless if env_id == "TimeLimitedCycle-v0" else finite, rel=0.05)
 
 
-def test_a_run_leaves_curves_hyperparameters_and_an_agent_that_play_evaluates_and_shows():
-    result = run("pqn.py", "--total-timesteps", 20_000, "--hidden-sizes", 32, 32, "--seed", 3)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def test_a_user_s_run_leaves_curves_and_an_agent_that_play_evaluates_and_shows(curves, capsys):
+    command = [sys.executable, str(ROOT / "pqn.py"), *"--total-timesteps 6200 --hidden-sizes 32 32 --seed 3".split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
     (folder,) = Path("runs").glob("CartPole-v1__pqn__3__*")
     assert str(folder) in result.stdout and "\r" not in result.stdout
     points = curves(folder)
     names = "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/epsilon "
     names += "losses/td_loss losses/q_values losses/grad_norm eval/episodic_return eval/episodic_length"
     assert set(points) == set(names.split())
-    assert [step for step, _ in points["charts/epsilon"]] == list(range(2048, 18433, 2048))
+    assert [step for step, _ in points["charts/epsilon"]] == [2048, 4096, 6144]
     assert points["charts/epsilon"][0][1] == 1 and points["charts/epsilon"][-1][1] == pytest.approx(0.2)
-    assert points["charts/learning_rate"][0][1] == pytest.approx(1e-4, rel=0.11)
+    assert all(0 < speed < 1e7 for _, speed in points["charts/SPS"])
 
-    result = run("play.py", folder, "--episodes", 5, "--video", "cartpole.mp4")
-    assert result.returncode == 0, result.stderr
-    assert "5 greedy episodes" in result.stdout and "training" in result.stdout
-    assert result.stderr == ""
+    play.main(play.Args(str(folder), episodes=5, video="cartpole.mp4"))
+    output = capsys.readouterr()
+    assert "5 greedy episodes" in output.out and "training" in output.out and output.err == ""
     import imageio.v2 as imageio
 
     frames = imageio.mimread("cartpole.mp4", memtest=False)
     assert len(frames) > 5 and np.std(frames[0]) > 1 and not np.array_equal(frames[0], frames[-1])
 
 
-def test_the_same_seed_gives_the_same_curves_and_weights_and_another_does_not():
+def test_the_same_seed_gives_the_same_curves_and_weights_and_another_does_not(train, curves):
     args = replace(SMALL, total_timesteps=1600, log_interval=32)
     (a, first), (b, second), (_, other) = train(args), train(args), train(replace(args, seed=2))
     assert {n: p for n, p in curves(a).items() if n != "charts/SPS"} == {
@@ -437,43 +400,45 @@ def test_the_same_seed_gives_the_same_curves_and_weights_and_another_does_not():
     assert not torch.equal(first["network"]["head.weight"], other["network"]["head.weight"])
 
 
-def test_greedy_environments_do_not_change_what_is_learned():
+def test_greedy_environments_do_not_change_what_is_learned(train):
     weights = [train(replace(SMALL, num_eval_envs=n))[1]["network"]["head.weight"] for n in (0, 5)]
     assert torch.allclose(*weights, atol=1e-6)
 
 
-def test_stopped_by_sigterm_and_resumed_a_run_ends_where_it_would_have():
-    options = ["--total-timesteps", "60000", "--hidden-sizes", "16", "--num-envs", "8", "--num-steps", "25"]
-    options += ["--num-minibatches", "2", "--update-epochs", "1", "--log-interval", "200", "--num-eval-envs", "0"]
-    options += ["--checkpoint-interval", "5000"]
-    command = [sys.executable, str(ROOT / "pqn.py"), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = process.stdout.readline().split(":")[0]
-    while process.poll() is None and not Path(folder, "checkpoint.pt").exists():
-        pass
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM, errors
-    stopped = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
-    assert 0 < stopped["step"] < 60_000 and f"--resume {folder}" in output
+def test_broken_off_twice_and_resumed_a_run_ends_where_it_would_have(heeded_signals, train, curves, monkeypatch):
+    args = replace(SMALL, num_envs=8, num_steps=25, num_eval_envs=0, total_timesteps=6_000)
+    args = replace(args, log_interval=200, checkpoint_interval=1_000)
+    collect, calls = pqn.Collector.collect, []
 
-    result = run("pqn.py", "--resume", folder)
-    assert result.returncode == 0, result.stderr
-    resumed = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
-    assert resumed["step"] == 60_000 and [str(p) for p in Path("runs").glob("*")] == [folder]
-    assert resumed["args"]["hidden_sizes"] == (16,) and resumed["args"]["num_envs"] == 8
-    assert resumed["optimizer"]["steps"] == 60_000 / 200 * 2
+    def broken_off(*rollout):
+        calls.append(len(calls))
+        if len(calls) == 20:  # at step 3,800, of which the 800 since the last checkpoint are lost
+            raise RuntimeError
+        if len(calls) == 25:  # ends after this rollout, the fifth since step 3,000
+            signal.raise_signal(signal.SIGTERM)
+        return collect(*rollout)
+
+    monkeypatch.setattr(pqn.Collector, "collect", broken_off)
+    for code, step in ((1, 3_000), (128 + signal.SIGTERM, 4_000)):
+        with pytest.raises(SystemExit) as exit:
+            train(args)
+        (folder,) = Path("runs").glob("*")
+        stopped = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert (exit.value.code, stopped["step"]) == (code, step)
+        args = replace(pqn.Args(**stopped["args"]), resume=str(folder))
+    _, checkpoint = train(args)
+    assert checkpoint["step"] == 6_000 and checkpoint["optimizer"]["steps"] == 6_000 / 200 * 2
     points = curves(folder)
+    assert [step for step, _ in points["charts/epsilon"]] == list(range(200, 6_001, 200))
     for step, value in points["charts/epsilon"]:
-        assert value == pytest.approx(pqn.linear_schedule(1.0, 0.2, step - 200, 0.2 * 60_000))
+        assert value == pytest.approx(pqn.linear_schedule(1.0, 0.2, step - 200, 0.2 * 6_000))
     for step, value in points["charts/learning_rate"]:
-        assert value == pytest.approx(1e-4 * (1 - (step - 100) / 60_000), abs=1e-9)
-    assert [step for step, _ in points["charts/epsilon"]] == list(range(200, 60_001, 200))
+        assert value == pytest.approx(1e-4 * (1 - (step - 100) / 6_000), abs=1e-9)
 
 
-def test_a_resumed_run_keeps_its_schedules_beyond_its_first_length(capsys):
+def test_a_resumed_run_keeps_its_schedules_beyond_its_first_length(monkeypatch, capsys, train, curves):
     folder, _ = train(replace(SMALL, log_interval=32))
-    sys.argv = ["pqn.py", "--resume", str(folder), "--total-timesteps", "640"]
+    monkeypatch.setattr(sys, "argv", ["pqn.py", "--resume", str(folder), "--total-timesteps", "640"])
     args = pqn.parse_args()
     assert (args.total_timesteps, args.schedule_timesteps, args.hidden_sizes) == (640, 320, (16,))
     _, checkpoint = train(args)
@@ -484,16 +449,12 @@ def test_a_resumed_run_keeps_its_schedules_beyond_its_first_length(capsys):
     assert [value for step, value in points["charts/epsilon"] if step > 320] == pytest.approx([0.2] * 10)
 
 
-def test_interrupted_twice_it_has_the_random_state_of_one_run_and_fresh_environments():
+def test_a_resumed_run_has_the_random_state_of_one_run_and_fresh_environments(train, monkeypatch):
     folder, first = train(SMALL)
     args = replace(pqn.Args(**first["args"]), resume=str(folder), total_timesteps=352)
-    seen = []
-    make_envs, manual_seed = pqn.make_envs, torch.manual_seed
-    pqn.make_envs = lambda args, n, seed: seen.append(seed) or make_envs(args, n, seed)
-    try:
-        _, second = train(args)
-    finally:
-        pqn.make_envs, torch.manual_seed = make_envs, manual_seed
+    seen, make_envs = [], pqn.make_envs
+    monkeypatch.setattr(pqn, "make_envs", lambda args, n, seed: seen.append(seed) or make_envs(args, n, seed))
+    _, second = train(args)
     assert seen == [(1, 320, 0)]
     torch.set_rng_state(first["rng_state"])
     torch.rand(8, 4), torch.randint(2, (8, 4)), torch.randperm(32)  # one rollout's exploration, one epoch's shuffle
@@ -504,12 +465,12 @@ def test_interrupted_twice_it_has_the_random_state_of_one_run_and_fresh_environm
     "env_id", ["FrozenLake-v1", "Blackjack-v1", "tiny_envs:BothFlags-v0", "Catch-v0", "tiny_envs:Scalar-v0"]
 )
 @pytest.mark.parametrize("options", [{}, {"norm_type": "batch_norm", "normalize_input": True}])
-def test_other_observations_and_norms_run(env_id, options):
+def test_other_observations_and_norms_run(env_id, options, train, curves):
     folder, checkpoint = train(replace(SMALL, env_id=env_id, **options))
     assert checkpoint["step"] == 320 and "losses/td_loss" in curves(folder)
 
 
-def test_spaces_that_do_not_start_at_zero():
+def test_spaces_that_do_not_start_at_zero(train):
     options = dict(total_timesteps=16_000, learning_rate=3e-3, hidden_sizes=(64,), gamma=0.5, q_lambda=0.0)
     _, checkpoint = train(replace(SMALL, env_id="tiny_envs:Offset-v0", **options))
     args = pqn.Args(**checkpoint["args"])
@@ -526,7 +487,7 @@ def test_main_leaves_the_options_of_its_caller_as_they_were():
     assert asdict(args) == before
 
 
-def test_batch_norm_collects_statistics_and_acts_by_them():
+def test_batch_norm_collects_statistics_and_acts_by_them(train):
     _, checkpoint = train(replace(SMALL, normalize_input=True))
     assert checkpoint["network"]["body.0.num_batches_tracked"] == 20
     assert checkpoint["network"]["body.0.running_mean"].any()
@@ -536,127 +497,13 @@ def test_batch_norm_collects_statistics_and_acts_by_them():
     "env_id, options, threshold",
     [
         # The best score of Catch is 1, a random one is −0.6; CartPole's are 500 and 22.
-        ("Catch-v0", dict(total_timesteps=100_000, learning_rate=1e-3, end_e=0.05), 0.9),
-        ("CartPole-v1", dict(total_timesteps=250_000, learning_rate=2.5e-4, hidden_sizes=(128, 128)), 400),
+        ("Catch-v0", dict(total_timesteps=80_000, learning_rate=2e-3, end_e=0.05, num_steps=32), 0.9),
+        ("CartPole-v1", dict(total_timesteps=150_000, learning_rate=1e-3), 400),
     ],
 )
-def test_it_learns(env_id, options, threshold):
-    folder, _ = train(pqn.Args(env_id=env_id, num_eval_envs=0, **options))
+def test_it_learns(env_id, options, threshold, train):
+    folder, _ = train(pqn.Args(env_id=env_id, num_eval_envs=0, hidden_sizes=(64, 64), num_minibatches=8, **options))
     assert np.mean(play.main(play.Args(str(folder), episodes=50))) >= threshold
-
-
-# --------------------------------------------------------------------------------------------------------- errors
-
-
-BAD_OPTIONS = [
-    ("--env-id CartPool-v1", "CartPole"),
-    ("--env-id cartpole-v1", "CartPole"),
-    ("--env-id no_such_module:Env-v0", "no_such_module"),
-    ("--env-id Pendulum-v1", "Discrete"),
-    ("--env-id MiniGrid-Empty-5x5-v0", "Box or Discrete"),
-    ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
-    ("--num-minibatches 7", "2048"),
-    ("--num-minibatches 2048 --norm-type batch_norm", "batch norm"),
-    ("--num-minibatches 2048 --normalize-input", "batch norm"),
-    *[
-        (f"--{name} 0", f"--{name}")
-        for name in "num-envs num-steps num-minibatches update-epochs total-timesteps log-interval "
-        "checkpoint-interval schedule-timesteps learning-rate max-grad-norm reward-scale hidden-sizes".split()
-    ],
-    *[(f"--{name} nan", f"--{name}") for name in ("learning-rate", "gamma", "q-lambda", "max-grad-norm", "l2-coef")],
-    ("--learning-rate inf", "--learning-rate"),
-    ("--num-eval-envs=-1", "--num-eval-envs"),
-    ("--gamma 1.01", "--gamma"),
-    ("--q-lambda=-0.1", "--q-lambda"),
-    ("--start-e 2", "--start-e"),
-    ("--exploration-fraction 1.5", "--exploration-fraction"),
-    ("--l2-coef=-1", "--l2-coef"),
-    ("--seed=-1", "--seed"),
-    ("--total-timesteps 100", "2048"),
-    ("--device nonsense", "--device"),
-    ("--resume nowhere", "no checkpoint"),
-    ("--resume=", "no checkpoint"),
-    (f"--resume {'a' * 300}", "no checkpoint"),
-]
-
-
-@pytest.mark.parametrize("options, hint", BAD_OPTIONS)
-def test_bad_options_get_one_line_and_exit_code_2_before_anything_is_written(options, hint, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pqn.py", *options.split()])
-    with pytest.raises(SystemExit) as exit:
-        pqn.main(pqn.parse_args())
-    message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and hint in message
-    assert not Path("runs").exists()
-
-
-def test_a_user_sees_the_same():
-    result = run("pqn.py", "--env-id", "CartPole-v7")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "`v1`" in result.stderr
-    assert result.stdout == "" and not Path("runs").exists()
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-def test_checkpoints_that_do_not_fit_are_refused_and_execute_nothing(monkeypatch, capsys):
-    folder, good = train(SMALL)
-    path = folder / "checkpoint.pt"
-    whole = path.read_bytes()
-
-    def refused(*options):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["pqn.py", "--resume", str(folder), *options])
-        with pytest.raises(SystemExit) as exit:
-            pqn.main(pqn.parse_args())
-        message = capsys.readouterr().err
-        assert exit.value.code == 2 and message.count("\n") == 1
-        return message
-
-    longer = "--total-timesteps", "640"
-    assert "between step 320 and" in refused()
-    assert "CartPole-v1" in refused("--env-id", "Acrobot-v1", *longer)
-    assert "another network" in refused("--hidden-sizes", "20", *longer)
-    assert "another network" in refused("--norm-type", "batch_norm", *longer)
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "broken" in refused(*longer)
-    torch.save({"script": "pqn", "args": Malicious()}, path)
-    assert "broken" in refused(*longer) and not Path("executed").exists()
-    for missing in good:
-        torch.save({name: value for name, value in good.items() if name != missing}, path)
-        assert f"'{missing}'" in refused(*longer)
-    torch.save(good | {"script": "baird"}, path)
-    assert "baird.py" in refused(*longer)
-    torch.save(good | {"args": {"env_id": "CartPole-v1", "from_another_time": 1}}, path)
-    assert "version" in refused(*longer)
-    torch.save(good | {"optimizer": {0: {"step": 3}}}, path)
-    assert "version" in refused(*longer)
-
-
-def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(monkeypatch, capsys):
-    collect, calls = pqn.Collector.collect, []
-
-    def interrupted(*args):
-        calls.append(len(calls))
-        if len(calls) == 10:  # of 10
-            os.kill(os.getpid(), signal.SIGTERM)
-        return collect(*args)
-
-    monkeypatch.setattr(pqn.Collector, "collect", interrupted)
-    _, checkpoint = train(SMALL)
-    assert checkpoint["step"] == 320 and "done at step 320" in capsys.readouterr().out
-
-
-def test_what_weights_and_biases_refuses_is_one_line_before_anything_is_written(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path.cwd())
-    Path("wandb.py").write_text("def init(**_):\n    raise RuntimeError('no API key:\\n log in')")
-    with pytest.raises(SystemExit) as exit:
-        pqn.main(replace(SMALL, track=True))
-    assert exit.value.code == 2 and capsys.readouterr().err.endswith(": no API key: log in\n")
-    assert not Path("runs").exists()
-    sys.modules.pop("wandb")
 
 
 @pytest.mark.parametrize(
@@ -673,7 +520,7 @@ def test_what_weights_and_biases_refuses_is_one_line_before_anything_is_written(
         (["FOLDER"], {"network": {}}),
     ],
 )
-def test_play_refuses_bad_input(options, checkpoint, monkeypatch, capsys):
+def test_play_refuses_bad_input(options, checkpoint, train, monkeypatch, capsys):
     folder, good = train(SMALL)
     torch.save(good | checkpoint, folder / "checkpoint.pt")
     capsys.readouterr()
@@ -681,53 +528,4 @@ def test_play_refuses_bad_input(options, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["play.py", *options])
     with pytest.raises(SystemExit) as exit:
         play.main(play.tyro.cli(play.Args))
-    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(capsys):
-    args = replace(SMALL, env_id="tiny_envs:BadReward-v0", total_timesteps=3200, checkpoint_interval=320)
-    with pytest.raises(SystemExit) as exit:
-        pqn.main(args)
-    assert exit.value.code == 1
-    assert "error: the environment returned a reward that is not finite; --resume runs/" in capsys.readouterr().err
-    (folder,) = Path("runs").glob("*")
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 960
-    assert all(weight.isfinite().all() for weight in checkpoint["network"].values())
-
-
-def test_a_weight_that_is_not_finite_is_never_saved(capsys):
-    with pytest.raises(SystemExit) as exit:
-        train(replace(SMALL, learning_rate=1e29, anneal_lr=False, checkpoint_interval=1, num_minibatches=1))
-    assert exit.value.code == 1 and "a weight is not finite" in capsys.readouterr().err
-    for checkpoint in Path("runs").glob("*/checkpoint.pt"):
-        assert all(weights.isfinite().all() for weights in torch.load(checkpoint)["network"].values())
-
-
-def test_a_checkpoint_is_swapped_and_not_written_over():
-    folder, checkpoint = train(SMALL)
-    before, whole = folder / "before.pt", (folder / "checkpoint.pt").read_bytes()
-    os.link(folder / "checkpoint.pt", before)
-    args = replace(pqn.Args(**checkpoint["args"]), resume=str(folder))
-    network = pqn.QNetwork(*pqn.spaces(pqn.make_envs(args, 1, (0,))), args)
-    optimizer = pqn.RAdam(network, 10.0)
-    pqn.Run(args, optimizer.weights, checkpoint).save(0, network, optimizer)
-    assert before.read_bytes() == whole != (folder / "checkpoint.pt").read_bytes()
-
-
-def test_a_full_disk_stops_the_run_and_keeps_the_last_whole_checkpoint():
-    options = "--num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1 --num-eval-envs 0".split()
-    assert run("pqn.py", *options, "--total-timesteps", 320).returncode == 0
-    (folder,) = Path("runs").glob("*")
-    whole = (folder / "checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
-    result = run("pqn.py", "--resume", folder, "--total-timesteps", 640, preexec_fn=limit)
-    assert result.returncode == 1 and "File too large" in result.stderr and result.stderr.count("\n") == 1
-    assert (folder / "checkpoint.pt").read_bytes() == whole and not list(folder.glob("*.tmp"))
-
-
-def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(capsys):
-    Path("runs").write_text("a file")
-    with pytest.raises(SystemExit) as exit:
-        pqn.main(SMALL)
     assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1

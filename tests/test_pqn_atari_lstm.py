@@ -1,8 +1,5 @@
 """pqn_atari_lstm.py: recurrence, resets and memory; its sibling's tests cover what the two share."""
 
-import ast
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from literal import target as literal_target
 
+import play
 import pqn_atari_envpool as atari
 import pqn_atari_lstm as recurrent
 
@@ -29,8 +28,8 @@ SMALL = recurrent.Args(
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def in_an_empty_folder(in_an_empty_folder):
+    pass
 
 
 def network_for(**options):
@@ -46,15 +45,10 @@ def collector_for(**options):
     return recurrent.Collector(envs, recurrent.QNetwork(*recurrent.spaces(envs), args), args, CPU)
 
 
-def test_what_the_scripts_share_is_the_same_text():
-    def definitions(script):
-        source = (ROOT / script).read_text()
-        return {d.name: ast.get_source_segment(source, d) for d in ast.parse(source).body if hasattr(d, "name")}
-
-    ours, theirs = definitions("pqn_atari_lstm.py"), definitions("pqn_atari_envpool.py")
+def test_what_the_scripts_share_is_the_same_text(what_a_script_consists_of):
+    ours, theirs = what_a_script_consists_of("pqn_atari_lstm.py"), what_a_script_consists_of("pqn_atari_envpool.py")
     differ = "Args Collector act QNetwork td_loss train_step minibatches check main".split()  # the algorithm does
-    for name in set(ours) & set(theirs) - set(differ):
-        assert ours[name] == theirs[name], name
+    assert {name for name in set(ours) & set(theirs) if ours[name] != theirs[name]} == set(differ)
 
 
 # ----------------------------------------------------------------------------------------------------- recurrence
@@ -128,14 +122,14 @@ def test_recurrent_weights_start_orthogonal_and_the_state_at_zero():
     assert not any(x.any() for x in lstm.initial_state(3, CPU))
 
 
-def test_what_is_stored_reproduces_what_was_played():
+def test_what_is_stored_reproduces_what_was_played(eventful_games):
     for window in (0, 3, 8):
         collector = collector_for(num_steps=8, memory_window=window, num_envs=6)
         network = collector.act.args[0]
-        for rollout in range(8):  # several lives of Breakout are lost on the way
+        for rollout in range(8):
             state = [x[:6].clone() for x in collector.state]
             (obs, last_actions, starts, hidden, cell, actions, _, _, _, real), _, _ = collector.collect(0.0)
-            assert len(obs) == window + 8 + 1
+            assert len(obs) == window + 8 + 1 and not real.all()
             q_values, _ = network(obs, last_actions, starts, (hidden[0], cell[0]))
             assert torch.equal(q_values[window:-1].argmax(2)[real], actions[real])
             if window and rollout:  # before the first one there is nothing to replay
@@ -144,7 +138,7 @@ def test_what_is_stored_reproduces_what_was_played():
                     assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_memory_ends_with_the_first_observation_of_an_episode_and_not_with_the_last_of_the_one_before():
+def test_memory_ends_with_the_first_observation_of_an_episode_and_not_with_the_last_of_the_one_before(small_body):
     collector = collector_for(max_episode_steps=5, num_steps=13)
     _, last_actions, starts, _, _, actions, _, _, truncated, real = collector.collect(1.0)[0]
     assert starts[0].all()
@@ -156,15 +150,6 @@ def test_memory_ends_with_the_first_observation_of_an_episode_and_not_with_the_l
 
 
 # ------------------------------------------------------------------------------------------------ targets and loss
-
-
-def literal_target(t, rewards, values, terminated, truncated, gamma, q_lambda):
-    if terminated[t]:
-        return rewards[t]
-    if truncated[t] or t == len(rewards) - 1:
-        return rewards[t] + gamma * values[t + 1]
-    future = literal_target(t + 1, rewards, values, terminated, truncated, gamma, q_lambda)
-    return rewards[t] + gamma * (q_lambda * future + (1 - q_lambda) * values[t + 1])
 
 
 def sequences_to_learn(window):
@@ -242,11 +227,11 @@ def test_phantoms_change_neither_loss_nor_gradient():
 
 
 class Cues:
-    """Shows a bright left or right half, then nothing for three steps, then asks: action 0 for left, 1 for right."""
+    """Lights up its left or right half, then nothing for three steps, then asks: action 0 for left, 1 for right."""
 
-    observation_space, action_space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), gym.spaces.Discrete(2)
+    observation_space, action_space = gym.spaces.Box(0, 255, (1, 4, 4), np.uint8), gym.spaces.Discrete(2)
 
-    def __init__(self, num_envs, seed):
+    def __init__(self, num_envs, seed, **_):
         self.random, self.num_envs = np.random.default_rng(seed), num_envs
 
     def reset(self):
@@ -254,10 +239,10 @@ class Cues:
         return self.observe(), {}
 
     def observe(self):
-        obs = np.zeros((self.num_envs, 1, 84, 84), dtype=np.uint8)
+        obs = np.zeros((self.num_envs, 1, 4, 4), dtype=np.uint8)
         for i in range(self.num_envs):
             if self.time[i] == 0:
-                obs[i, 0, :, 42 * self.cues[i] :][:, :42] = 255
+                obs[i, 0, :, 2 * self.cues[i] :][:, :2] = 255
             elif self.time[i] == 4:
                 obs[i, 0, ::2] = 255
         return obs
@@ -271,98 +256,49 @@ class Cues:
         return self.observe(), rewards, asked, np.zeros_like(asked), info
 
 
-def test_it_remembers_what_the_feed_forward_agent_cannot(monkeypatch):
-    options = dict(env_id="Pong-v5", num_envs=16, num_steps=18, num_eval_envs=16, num_minibatches=2, seed=1)
-    options |= dict(total_timesteps=16 * 18 * 100, learning_rate=1e-3, end_e=0.05, stack_num=1)
-    greedy = {}
-    for script in (recurrent, atari):
-        monkeypatch.setattr(script, "make_envs", lambda args, n, seed, render=False: Cues(n, seed))
-        before = set(Path("runs").glob("*"))
-        script.main(script.Args(**options))
-        (folder,) = set(Path("runs").glob("*")) - before
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-        assert len(checkpoint["eval_returns"]) == 100
-        greedy[script] = np.mean(checkpoint["eval_returns"])
-    assert greedy[recurrent] > 0.9 and abs(greedy[atari]) < 0.5
+def test_it_remembers_what_the_feed_forward_agent_cannot(monkeypatch, train, small_body):
+    options = dict(env_id="Pong-v5", num_envs=16, num_steps=18, num_eval_envs=16, num_minibatches=2, precision="fp32")
+    options |= dict(total_timesteps=16 * 18 * 60, learning_rate=2e-3, end_e=0.05, stack_num=1)
+    monkeypatch.setattr(recurrent.envpool, "make", lambda _, env_type, **kwargs: Cues(**kwargs))
+    greedy = [
+        train(args)[1]["eval_returns"] for args in (recurrent.Args(**options, lstm_size=32), atari.Args(**options))
+    ]
+    assert [len(returns) for returns in greedy] == [100, 100]
+    assert np.mean(greedy[0]) > 0.9 and abs(np.mean(greedy[1])) < 0.5
 
 
 # -------------------------------------------------------------------------------------------------- the whole script
 
 
-def run(*command):
-    command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_a_run_can_be_resumed_played_and_filmed():
-    options = "--num-envs 4 --num-steps 16 --num-eval-envs 2 --num-minibatches 4 --memory-window 4 --lstm-size 32"
-    options += " --max-episode-steps 20 --log-interval 64 --total-timesteps 256"
-    result = run("pqn_atari_lstm.py", "--env-id", "Breakout-v5", *options.split())
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    (folder,) = Path("runs").glob("Breakout-v5__pqn_atari_lstm__1__*")
-    result = run("pqn_atari_lstm.py", "--resume", folder, "--total-timesteps", 384)
-    assert result.returncode == 0, result.stderr
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+def test_a_run_can_be_resumed_played_and_filmed(train, small_body):
+    options = dict(num_steps=16, num_minibatches=4, memory_window=4, max_episode_steps=20)
+    folder, checkpoint = train(replace(SMALL, total_timesteps=256, **options))
+    assert folder.name.startswith("Breakout-v5__pqn_atari_lstm__1__")
+    _, checkpoint = train(replace(recurrent.Args(**checkpoint["args"]), resume=str(folder), total_timesteps=384))
     assert checkpoint["step"] == 384 and checkpoint["optimizer"]["steps"] == 384 / 64 * 8
-    result = run("play.py", folder, "--episodes", 3, "--video", "game.gif")
-    assert result.returncode == 0, result.stderr
+    play.main(play.Args(str(folder), episodes=3, video="game.gif"))
     assert Path("game.gif").stat().st_size > 1000
 
 
-def test_a_minibatch_of_phantoms_is_no_gradient_step():
+def test_a_minibatch_of_phantoms_is_no_gradient_step(train):
     # Every game is one step long: every second rollout of one step is nothing but phantoms.
     sizes = dict(num_envs=2, num_steps=1, num_minibatches=2, num_eval_envs=0, max_episode_steps=1)
-    recurrent.main(replace(SMALL, total_timesteps=8, **sizes))
-    (folder,) = Path("runs").glob("*")
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    _, checkpoint = train(replace(SMALL, total_timesteps=8, **sizes))
     assert checkpoint["optimizer"]["steps"] == 2 * 2 * 2
     assert all(weights.isfinite().all() for weights in checkpoint["network"].values())
 
 
-def test_the_same_seed_gives_the_same_weights():
-    weights = []
-    for _ in range(2):
-        before = set(Path("runs").glob("*"))
-        recurrent.main(replace(SMALL, memory_window=2))
-        (folder,) = set(Path("runs").glob("*")) - before
-        weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["network"])
+def test_the_same_seed_gives_the_same_weights(train, small_body):
+    weights = [train(replace(SMALL, memory_window=2))[1]["network"] for _ in range(2)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.mark.parametrize(
-    "options, hint",
-    [
-        ("--num-envs 10 --num-minibatches 4", "does not divide 10 environments"),
-        ("--memory-window 33", "--memory-window"),
-        ("--memory-window=-1", "--memory-window"),
-        ("--memory-window 4 --norm-type batch_norm", "batch norm"),
-        ("--lstm-size 0", "--lstm-size"),
-        ("--num-envs 0", "--num-envs"),
-        ("--num-minibatches 0", "--num-minibatches"),
-        ("--q-lambda 2", "--q-lambda"),
-        ("--learning-rate nan", "--learning-rate"),
-        ("--env-id Breakout-v4", "Breakout-v5"),
-        ("--total-timesteps 100", "4096"),
-        ("--resume nowhere", "no checkpoint"),
-    ],
-)
-def test_bad_options_get_one_line_and_exit_code_2_before_anything_is_written(options, hint, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pqn_atari_lstm.py", *options.split()])
-    with pytest.raises(SystemExit) as exit:
-        recurrent.main(recurrent.parse_args())
-    message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and hint in message
-    assert not Path("runs").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"memory_window": 3}])
-def test_captured_and_uncaptured_runs_agree(options):
+def test_captured_and_uncaptured_runs_agree(options, train):
     weights = []
     for cuda_graph in (True, False):
-        before = set(Path("runs").glob("*"))
-        recurrent.main(replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, end_e=1.0, **options))
-        (folder,) = set(Path("runs").glob("*")) - before
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        args = replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, end_e=1.0, **options)
+        _, checkpoint = train(args)
         weights.append(torch.cat([w.float().flatten() for w in checkpoint["network"].values()]))
     assert torch.allclose(*weights, atol=1e-3)

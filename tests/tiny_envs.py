@@ -76,6 +76,28 @@ class BadReward(PaysOne):
         return obs, reward if self.steps < 300 else float("nan"), *rest
 
 
+class Failing(PaysOne):
+    """Raises an error in the 300th step of an episode."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def step(self, action):
+        if self.steps == 299:
+            raise self.error("level7.map")
+        return super().step(action)
+
+
+class Empty(PaysOne):
+    """Observations without a single number."""
+
+    observation_space = gym.spaces.Box(-1, 1, (0,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(0, np.float32), super().reset(seed=seed)[1]
+
+
 class SameStep(gym.vector.VectorEnv):
     """Vectorised by itself, and resetting in the step that ends an episode."""
 
@@ -89,6 +111,64 @@ class SameStep(gym.vector.VectorEnv):
         return np.zeros(self.num_envs, dtype=np.int64), {}
 
 
+class Eventful(gym.vector.VectorEnv):
+    """Random pictures, rewards and ends. What happens is kept in `first` and `steps`, the environments in `made`."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    single_observation_space, single_action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Discrete(3)
+    made = []
+
+    def __init__(self, num_envs=1, **_):
+        self.num_envs = num_envs
+        self.made.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.random = np.random.default_rng(seed)
+        self.phantom, self.steps, self.first = np.zeros(self.num_envs, dtype=bool), [], self.observe()
+        return self.first, {}
+
+    def observe(self):
+        return self.random.standard_normal((self.num_envs, 3), dtype=np.float32)
+
+    def event(self, probability):
+        return (self.random.random(self.num_envs) < probability) & ~self.phantom
+
+    def step(self, actions):
+        score = np.round(3 * self.random.standard_normal(self.num_envs) + actions, 1) * ~self.phantom
+        terminated, truncated = self.event(0.15), self.event(0.15)
+        return *self.keep(actions, score, score, terminated, truncated, terminated | truncated), {}
+
+    def keep(self, actions, score, rewards, terminated, truncated, over):
+        """Records a step; what it returns but for the `info`."""
+        self.phantom = terminated | truncated
+        self.steps.append(dict(actions=actions.copy(), obs=self.observe(), score=score, rewards=rewards, over=over))
+        self.steps[-1] |= dict(terminated=terminated, truncated=truncated)
+        return self.steps[-1]["obs"].copy(), rewards.copy(), terminated.copy(), truncated.copy()
+
+
+class EventfulAtari(Eventful):
+    """The same in the manner of EnvPool's Atari games: clipped rewards, lives, and truncations that hide an end."""
+
+    action_space = Eventful.single_action_space
+
+    def __init__(self, num_envs, seed, stack_num, **_):
+        super().__init__(num_envs)
+        self.observation_space = gym.spaces.Box(0, 255, (stack_num, 4, 4), np.uint8)
+        self.random = np.random.default_rng(seed)
+
+    def observe(self):
+        return self.random.integers(256, size=(self.num_envs, *self.observation_space.shape), dtype=np.uint8)
+
+    def step(self, actions):
+        score = np.round(30 * self.random.standard_normal(self.num_envs) + 10 * actions) * ~self.phantom
+        life, game, truncated = self.event(0.1), self.event(0.1), self.event(0.15)
+        shown = (life | game) & ~truncated
+        result = self.keep(actions, score, np.sign(score), shown | game, truncated, game | truncated)
+        return *result[:2], shown, truncated, {"reward": score, "terminated": game.astype(np.int32)}
+
+
+gym.register("Eventful-v0", entry_point=PaysOne, vector_entry_point=Eventful)
 gym.register("TimeLimited-v0", entry_point=PaysOne, max_episode_steps=5)
 gym.register("TimeLimitedCycle-v0", entry_point=PaysOne, kwargs={"cyclic": True}, max_episode_steps=5)
 gym.register("Terminating-v0", entry_point=PaysOne, kwargs={"end": 5})
@@ -96,4 +176,7 @@ gym.register("Offset-v0", entry_point=Offset)
 gym.register("BothFlags-v0", entry_point=BothFlags)
 gym.register("Scalar-v0", entry_point=Scalar)
 gym.register("BadReward-v0", entry_point=BadReward)
+gym.register("Empty-v0", entry_point=Empty)
+for error in (OSError, RuntimeError, FloatingPointError):
+    gym.register(f"{error.__name__}-v0", entry_point=Failing, kwargs={"error": error})
 gym.register("SameStep-v0", entry_point=PaysOne, vector_entry_point=SameStep)
