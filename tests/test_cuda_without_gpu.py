@@ -203,20 +203,22 @@ def graphs_on_a_cpu(script, monkeypatch):
         (recurrent, {"memory_window": 2}),
     ],
 )
-def test_replayed_graphs_end_in_the_weights_of_plain_calls(script, options, monkeypatch):
+def test_replayed_graphs_end_in_the_weights_and_metrics_of_plain_calls(script, options, monkeypatch):
     options = TINY | options
     options |= dict(env_id="Pong-v5", device="cpu", precision="fp32", end_e=0.1)
     options |= dict(total_timesteps=6 * 4 * options["num_steps"])  # from the fourth rollout on, targets are replayed
-    weights = []
+    weights, metrics, log = [], ([], []), script.Run.log
     for captured in (False, True):
         before = set(Path("runs").glob("*"))
         if captured:
             graphs_on_a_cpu(script, monkeypatch)
+        watch = lambda *args, kept=metrics[captured]: (kept.append(args[-2].tolist()), log(*args))
+        monkeypatch.setattr(script.Run, "log", watch)
         script.main(script.Args(**options))
         (folder,) = set(Path("runs").glob("*")) - before
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
         weights.append(torch.cat([w.double().flatten() for w in checkpoint["network"].values()]))
-    assert torch.equal(*weights)
+    assert torch.equal(*weights) and metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize("script", [atari, recurrent])
