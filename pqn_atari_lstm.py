@@ -650,7 +650,7 @@ def restore(checkpoint, network, optimizer):
         optimizer.square.copy_(checkpoint["optimizer"]["square"])
         optimizer.steps = int(checkpoint["optimizer"]["steps"])
         torch.set_rng_state(checkpoint["rng_state"])
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint is of another network, environment or version: {error}")
 
 
@@ -778,7 +778,7 @@ class Run:
             if "step_envs" in functions or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
                 traceback.print_exception(error)
             saved = f"; --resume {self.folder} goes on from its last checkpoint"
-            fail(str(error) + saved * (self.folder / "checkpoint.pt").exists(), code=1)
+            fail((str(error) or kind.__name__) + saved * (self.folder / "checkpoint.pt").exists(), code=1)
 
 
 if __name__ == "__main__":
