@@ -295,7 +295,8 @@ def test_the_same_seed_gives_the_same_weights(train, small_body):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"memory_window": 3}])
-def test_captured_and_uncaptured_runs_agree(options, train):
+def test_captured_and_uncaptured_runs_agree(monkeypatch, options, train):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     weights = []
     for cuda_graph in (True, False):
         args = replace(SMALL, device="cuda", cuda_graph=cuda_graph, total_timesteps=640, end_e=1.0, **options)

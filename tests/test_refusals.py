@@ -287,7 +287,7 @@ def test_checkpoints_are_made_when_their_interval_is_over_and_at_the_end(monkeyp
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_last_whole_checkpoint(train, capsys):
-    folder, checkpoint = train(replace(SMALL, hidden_sizes=(256, 256)))
+    folder, checkpoint = train(replace(SMALL, hidden_sizes=(256, 256), device="cpu"))
     whole = (folder / "checkpoint.pt").read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
