@@ -42,7 +42,7 @@ from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
-Count = Annotated[int, "at least 1", lambda x: x >= 1]
+Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -55,7 +55,6 @@ class Args:
     device: str = "auto"  # any torch device; "auto" takes CUDA when present
     compile: bool = False  # compile the gradient step: a minute at the start, less time for each step
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
-
     num_envs: Count = 32  # environments stepped in parallel
     num_steps: Count = 64  # steps in each environment between two rounds of learning
     # further environments that act greedily beside the training ones and are never trained on
@@ -111,6 +110,8 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} has {observation_space} observations: PQN needs Box or Discrete ones, and not empty")
     if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
+    if observation_space.dtype == np.uint8 and len(observation_space.shape) == 3:
+        print(f"{args.env_id} shows pictures: pqn_atari_envpool.py is made for those of Atari", file=sys.stderr)
     return envs
 
 
@@ -155,8 +156,7 @@ class Collector:
         self.stored_obs = torch.zeros((T, N, *obs.shape[1:]), dtype=dtype, device=device)
         self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
         self.values = torch.zeros((T + 1, N), device=device)
-        # These stay on the host until the rollout is over
-        self.rewards = np.zeros((T, N), dtype=np.float32)
+        self.rewards = np.zeros((T, N), dtype=np.float32)  # this and what follows stay on the host
         self.terminated, self.truncated, self.real = (np.zeros((T, N), dtype=bool) for _ in range(3))
         self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
@@ -480,7 +480,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         damaged = zipfile.ZipFile(path).testzip()  # checks the sums that torch.load() does not look at
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
-        sum([checkpoint["step"], *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # if these are numbers
+        sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
         check(Args(**checkpoint["args"]))
         return checkpoint
     except Exception as error:

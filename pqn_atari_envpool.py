@@ -41,7 +41,7 @@ from envpool.atari.registration import atari_game_list
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
-Count = Annotated[int, "at least 1", lambda x: x >= 1]
+Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -57,7 +57,6 @@ class Args:
     cuda_graph: bool = True  # on CUDA, capture acting, targets and gradient step as graphs
     compile: bool = False  # compile the gradient step: a minute at the start, less time for each step
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
-
     num_envs: Count = 128  # environments stepped in parallel
     num_steps: Count = 32  # steps in each environment between two rounds of learning
     # further environments that act greedily beside the training ones and are never trained on
@@ -159,8 +158,7 @@ class Collector:
         self.stored_obs = torch.zeros((T, N, *obs.shape[1:]), dtype=dtype, device=device)
         self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
         self.values = torch.zeros((T + 1, N), device=device)
-        # These stay on the host until the rollout is over
-        self.rewards = np.zeros((T, N), dtype=np.float32)
+        self.rewards = np.zeros((T, N), dtype=np.float32)  # this and what follows stay on the host
         self.terminated, self.truncated, self.real = (np.zeros((T, N), dtype=bool) for _ in range(3))
         self.ended = np.zeros(num_envs, dtype=bool)  # by the last step, which makes the next one a phantom
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
@@ -556,7 +554,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         damaged = zipfile.ZipFile(path).testzip()  # checks the sums that torch.load() does not look at
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
-        sum([checkpoint["step"], *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # if these are numbers
+        sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
         check(Args(**checkpoint["args"]))
         return checkpoint
     except Exception as error:

