@@ -63,6 +63,12 @@ def test_every_episode_counts_once_and_ends_where_the_environment_says(folder):
     assert list(play.main(play.Args(str(folder), episodes=4, max_steps=3))) == [3.0] * 4
 
 
+def test_a_quick_environment_counts_with_its_first_episode_alone(folder, monkeypatch):
+    ends = iter([[(0, 1.0, 1)], [(0, 9.0, 1)], [(1, 2.0, 3)]])
+    monkeypatch.setattr(pqn.Collector, "collect", lambda *_, **__: (None, [], next(ends)))
+    assert list(play.main(play.Args(str(folder), episodes=2))) == [1.0, 2.0]
+
+
 def test_small_returns_are_shown_with_the_decimals_they_need():
     assert play.summary([0, 1, 1, 1]) == "0.750 ± 0.433 (min 0.000, max 1.000)"
     assert play.summary([-200.0, 100.0]) == "-50.0 ± 150.0 (min -200.0, max 100.0)"

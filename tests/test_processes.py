@@ -127,7 +127,7 @@ def learn_from_records(name, options, together):
     torch.save({**weights, "returns": torch.tensor(logged)}, f"{name}, process {rank} of those that are {together}")
 
 
-SIZES = dict(num_envs=4, num_steps=6, num_minibatches=2, total_timesteps=24 * 4, learning_rate=1e-3)
+SIZES = dict(num_envs=4, num_steps=6, num_minibatches=2, total_timesteps=24 * 4, learning_rate=1e-3, l2_coef=0.5)
 ATARI = SIZES | dict(env_id="Pong-v5", precision="fp32", q_lambda=0.9)
 RUNS = [("pqn", SIZES), ("pqn_atari_envpool", ATARI), ("pqn_atari_lstm", ATARI | {"memory_window": 2, "lstm_size": 8})]
 
