@@ -425,7 +425,7 @@ def main(args: Args):
 def fail(message, code=2):
     """Ends the program with one line for the user, by the first process to fail; with code 2, nothing is written."""
     (rank, ranks), is_first = processes(), True
-    with suppress(RuntimeError):  # they count in torchrun's store, which may have ended too
+    with suppress(RuntimeError):  # all processes share a counter, which may have ended with another of them
         is_first = ranks == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     if is_first:
         print(f"error{f' in process {rank}' * (ranks > 1)}:", " ".join(message.split())[:500], file=sys.stderr)
