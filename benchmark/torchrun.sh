@@ -3,7 +3,9 @@
 #   sbatch --nodes 2 --gpus-per-node 4 benchmark/torchrun.sh pqn_atari_envpool.py --env-id Pong-v5
 #SBATCH --ntasks-per-node 1
 #SBATCH --signal TERM@120
-# Not tried on a cluster. With a file system that all nodes share, --resume finds the checkpoint on each of them.
+# The nodes need a file system that they share: --resume looks for the checkpoint on each of them. scancel and the time
+# limit end a run in order: it says so, is saved, and torchrun adds a traceback of its own. Tried without GPUs, on two
+# nodes that Slurm 22.05 made out of one machine; not tried on a cluster.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" "$@"
