@@ -6,7 +6,6 @@ observations and discrete actions; equation numbers are the paper's. It ends wit
 
     python pqn.py --env-id CartPole-v1
     python pqn.py --env-id my_module:MyEnv-v0 --total-timesteps 200000 --seed 3
-    python pqn.py --resume runs/CartPole-v1__pqn__1__1700000000 --total-timesteps 1000000
     python play.py runs/CartPole-v1__pqn__1__1700000000 --video cartpole.mp4
 """
 
@@ -36,13 +35,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Whole = Annotated[int, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -57,8 +55,7 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 32  # environments stepped in parallel
     num_steps: Count = 64  # steps in each environment between two rounds of learning
-    # further environments that act greedily beside the training ones and are never trained on
-    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 8
+    num_eval_envs: Whole = 8  # further environments that act greedily beside the training ones and are not trained on
 
     learning_rate: Positive = 1e-4  # learning rate of RAdam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the schedule
@@ -74,6 +71,7 @@ class Args:
     max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
     reward_scale: Positive = 0.1  # rewards are multiplied by this in the targets, not in the logged returns
 
+    conv_channels: Whole = 16  # of a 3 × 3 convolution of observations that are height × width × channels; 0 for none
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (256, 256)
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # after each hidden layer, before its ReLU
@@ -108,15 +106,12 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} has {action_space} actions: PQN needs Discrete ones")
     if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: PQN needs Box or Discrete ones, and not empty")
-    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
-    if observation_space.dtype == np.uint8 and len(observation_space.shape) == 3:
-        print(f"{args.env_id} shows pictures: pqn_atari_envpool.py is made for those of Atari", file=sys.stderr)
     return envs
 
 
 def spaces(envs):
-    """Observation and action space of one environment."""
     space = lambda name: getattr(envs, f"single_{name}", None) or getattr(envs, name)
     return space("observation_space"), space("action_space")
 
@@ -186,21 +181,20 @@ class Collector:
             self.lengths += ~self.ended
             self.ended = terminated | truncated
             for i in np.flatnonzero(over):
-                kept = episodes if i < N else eval_episodes
-                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                (episodes if i < N else eval_episodes).append((int(i), float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
         _, self.values[T] = self.act(self.obs, explore[0], random_actions[0])  # its actions are not used
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("the environment returned a reward that is not finite")
         on_host = self.rewards, self.terminated, self.truncated, self.real
-        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
-        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
-        return rollout, episodes, eval_episodes
+        moved = (torch.from_numpy(x).to(self.device) for x in on_host)
+        return (self.stored_obs, self.actions, self.values, *moved), episodes, eval_episodes
 
 
 # ----------------------------------------------------------------------------------------------------- network
 class QNetwork(nn.Module):
-    """Linear → norm → ReLU for each hidden layer, then a linear layer to one value per action (Eq. 5)."""
+    """Linear → norm → ReLU for each hidden layer, then a linear layer to one value per action (Eq. 5). A picture is
+    convolved first, as in the authors' network for MinAtar."""
 
     def __init__(self, observation_space, action_space, args: Args):
         super().__init__()
@@ -209,6 +203,11 @@ class QNetwork(nn.Module):
         self.inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
         sizes = (self.inputs, *args.hidden_sizes)
         layers = [norm_layer("batch_norm", self.inputs)] if args.normalize_input else []
+        if len(shape := observation_space.shape) == 3 and min(shape[:2]) >= 3 and args.conv_channels:
+            size, positions = args.conv_channels, (shape[0] - 2) * (shape[1] - 2)
+            layers += [nn.Unflatten(1, shape), initialise(Convolution(shape[2], size, kernel_size=3), scale=2)]
+            layers += [norm_layer(args.norm_type, size), nn.ReLU(), nn.Unflatten(0, (-1, positions)), nn.Flatten()]
+            sizes = (positions * size, *args.hidden_sizes)
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
             layers += [initialise(nn.Linear(fan_in, fan_out), scale=1), norm_layer(args.norm_type, fan_out), nn.ReLU()]
         self.body = nn.Sequential(*layers)
@@ -216,8 +215,13 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         if self.discrete:
-            obs = F.one_hot(obs.long() - self.first, self.inputs)
+            obs = nn.functional.one_hot(obs.long() - self.first, self.inputs)
         return self.head(self.body(obs.reshape(len(obs), -1).float()))
+
+
+class Convolution(nn.Conv2d):
+    def forward(self, x):  # from height × width × channels to one row for each position: LayerNorm is over channels
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1).flatten(0, 2)
 
 
 def norm_layer(norm_type, size):
@@ -358,16 +362,15 @@ def main(args: Args):
     if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 200_000:
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
-    run = Run(args, optimizer.weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
             epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)
             network.eval()
             rollout, episodes, eval_episodes = collector.collect(epsilon)
-            obs, actions, rewards, values, terminated, truncated, real = rollout
+            obs, actions, values, rewards, terminated, truncated, real = rollout
 
             # Compute targets
             scaled = rewards * args.reward_scale
@@ -464,7 +467,6 @@ def add_up(tensor):
 
 
 def gather(x):
-    """The x of every process."""
     everyone = [x] * processes()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, x)
@@ -499,7 +501,7 @@ def restore(checkpoint, network, optimizer):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -561,15 +563,13 @@ class Run:
             self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
-            words.append(f"ε {epsilon:.3f}")
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}, ε {epsilon:.3f}"
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
+            print(line, end="", flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy while training {greedy}"
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -593,8 +593,7 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
-            print(", ".join(words))
+            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
             print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -609,6 +608,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():

@@ -42,6 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Whole = Annotated[int, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -59,8 +60,7 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 128  # environments stepped in parallel
     num_steps: Count = 32  # steps in each environment between two rounds of learning
-    # further environments that act greedily beside the training ones and are never trained on
-    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 8
+    num_eval_envs: Whole = 8  # further environments that act greedily beside the training ones and are not trained on
     episodic_life: bool = True  # a lost life ends the episode for learning (never for the logged returns)
     reward_clip: bool = True  # learn from the sign of the rewards (the logged returns are the game's own)
     # chance that a frame repeats the last action instead: sticky actions, 0.25 in the literature
@@ -188,16 +188,14 @@ class Collector:
             self.lengths += ~self.ended
             self.ended = terminated | truncated
             for i in np.flatnonzero(over):
-                kept = episodes if i < N else eval_episodes
-                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                (episodes if i < N else eval_episodes).append((int(i), float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
         _, self.values[T] = self.act(self.obs, explore[0], random_actions[0])  # its actions are not used
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("the environment returned a reward that is not finite")
         on_host = self.rewards, self.terminated, self.truncated, self.real
-        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
-        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
-        return rollout, episodes, eval_episodes
+        moved = (torch.from_numpy(x).to(self.device) for x in on_host)
+        return (self.stored_obs, self.actions, self.values, *moved), episodes, eval_episodes
 
 
 # ----------------------------------------------------------------------------------------------------- network
@@ -384,16 +382,15 @@ def main(args: Args):
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
     compute_targets = capture(partial(q_lambda_targets, gamma=args.gamma, q_lambda=args.q_lambda), args, device)
-    run = Run(args, optimizer.weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
             epsilon = linear_schedule(args.start_e, args.end_e, step, args.exploration_fraction * horizon)
             network.eval()
             rollout, episodes, eval_episodes = collector.collect(epsilon)
-            obs, actions, rewards, values, terminated, truncated, real = rollout
+            obs, actions, values, rewards, terminated, truncated, real = rollout
 
             # Compute targets
             targets = compute_targets(rewards, values, terminated, truncated)
@@ -538,7 +535,6 @@ def add_up(tensor):
 
 
 def gather(x):
-    """The x of every process."""
     everyone = [x] * processes()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, x)
@@ -573,7 +569,7 @@ def restore(checkpoint, network, optimizer):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -635,15 +631,13 @@ class Run:
             self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
-            words.append(f"ε {epsilon:.3f}")
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}, ε {epsilon:.3f}"
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
+            print(line, end="", flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy while training {greedy}"
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -667,8 +661,7 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
-            print(", ".join(words))
+            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
             print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -683,6 +676,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():

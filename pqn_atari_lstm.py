@@ -43,6 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Whole = Annotated[int, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -60,8 +61,7 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 128  # environments stepped in parallel
     num_steps: Count = 32  # steps in each environment between two rounds of learning
-    # further environments that act greedily beside the training ones and are never trained on
-    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 8
+    num_eval_envs: Whole = 8  # further environments that act greedily beside the training ones and are not trained on
     episodic_life: bool = True  # a lost life ends the episode for learning (never for the logged returns)
     reward_clip: bool = True  # learn from the sign of the rewards (the logged returns are the game's own)
     # chance that a frame repeats the last action instead: sticky actions, 0.25 in the literature
@@ -88,7 +88,7 @@ class Args:
 
     lstm_size: Count = 128  # width of the LSTM
     # steps of the previous rollout that are replayed to warm the state up, without loss
-    memory_window: Annotated[int, "at least 0", lambda x: x >= 0] = 0
+    memory_window: Whole = 0
     # normalisation before each ReLU: over the channels at each position, over the whole feature map, over the batch
     norm_type: Literal["layer_norm", "layer_norm_map", "batch_norm", "none"] = "layer_norm"
     # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
@@ -221,8 +221,7 @@ class Collector:
             self.lengths += ~self.ended
             self.ended = terminated | truncated
             for i in np.flatnonzero(over):
-                kept = episodes if i < N else eval_episodes
-                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                (episodes if i < N else eval_episodes).append((int(i), float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
         self.store(W + T)
         if W == 0:
@@ -230,10 +229,10 @@ class Collector:
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("the environment returned a reward that is not finite")
         on_host = self.rewards, self.terminated, self.truncated, self.real
-        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
+        moved = (torch.from_numpy(x).to(self.device) for x in on_host)
         hidden, cell = (x.unsqueeze(0) for x in self.stored_state)  # the environments are the second dimension
         seen = self.stored_obs, self.stored_last_actions, self.stored_starts, hidden, cell
-        return (*seen, self.actions, rewards, terminated, truncated, real), episodes, eval_episodes
+        return (*seen, self.actions, *moved), episodes, eval_episodes
 
     def keep_state(self):
         for kept, state in zip(self.next_state, self.state, strict=True):
@@ -466,9 +465,8 @@ def main(args: Args):
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
-    run = Run(args, optimizer.weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
@@ -618,7 +616,6 @@ def add_up(tensor):
 
 
 def gather(x):
-    """The x of every process."""
     everyone = [x] * processes()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, x)
@@ -653,7 +650,7 @@ def restore(checkpoint, network, optimizer):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -715,15 +712,13 @@ class Run:
             self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
-            words.append(f"ε {epsilon:.3f}")
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}, ε {epsilon:.3f}"
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
+            print(line, end="", flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy while training {greedy}"
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -747,8 +742,7 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
-            print(", ".join(words))
+            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
             print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -763,6 +757,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():

@@ -26,7 +26,7 @@ def test_only_training_episodes_are_cut_short_and_each_variant_has_its_faults_al
         torch.manual_seed(0)
         collector = pqn.Collector(envs, pqn.QNetwork(*pqn.spaces(envs), args), args, torch.device("cpu"))
         collect = faults.with_faults(pqn.Collector.collect, variant)
-        (_, _, rewards, _, terminated, truncated, real), finished, finished_eval = collect(collector, 0.1)
+        (_, _, _, rewards, terminated, truncated, real), finished, finished_eval = collect(collector, 0.1)
         assert {length for _, _, length in finished} == {7} and {i for i, _, _ in finished} == {0, 1, 2, 3}
         assert min(length for _, _, length in finished_eval) > 7 and {i for i, _, _ in finished_eval} <= {4, 5, 6}
         assert truncated[6].all() and truncated.sum() == 20

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -133,6 +134,34 @@ class GradientDescent(pqn.RAdam):
     def __init__(self, network, max_grad_norm, learning_rate):
         super().__init__(network, max_grad_norm, beta1=0.0)
         self.plain.fill_(learning_rate)
+
+
+def network_for_pictures(*shape, **options):
+    space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+    return pqn.QNetwork(space, gym.spaces.Discrete(2), replace(pqn.Args(), hidden_sizes=(8,), **options)).eval()
+
+
+@pytest.mark.parametrize("norm_type", ["layer_norm", "batch_norm", "none"])
+def test_pictures_pass_through_a_convolution_with_its_norm_over_the_channels_of_each_position(norm_type):
+    network, obs = network_for_pictures(6, 5, 4, conv_channels=7, norm_type=norm_type), torch.randn(3, 6, 5, 4)
+    convolution, norm, linear = network.body[1], network.body[2], network.body[6]
+    for parameter in (*convolution.parameters(), *norm.parameters()):
+        torch.nn.init.normal_(parameter)
+    expected = torch.zeros(3, 4, 3, 7)
+    for i in range(4):
+        for j in range(3):
+            patch = obs[:, i : i + 3, j : j + 3].permute(0, 3, 1, 2)  # channels first, as the weights have them
+            expected[:, i, j] = norm((patch.unsqueeze(1) * convolution.weight).sum((2, 3, 4)) + convolution.bias).relu()
+    torch.testing.assert_close(network.body[:6](obs.flatten(1)), expected.flatten(1))
+    assert linear.in_features == 4 * 3 * 7
+    torch.testing.assert_close(network(obs), network.head(network.body[6:](expected.flatten(1))))
+
+
+def test_pictures_are_flattened_on_request_or_where_no_patch_fits():
+    obs = torch.randn(3, 6, 5, 4)
+    network = network_for_pictures(6, 5, 4, conv_channels=0)
+    torch.testing.assert_close(network(obs), network.head(network.body(obs.flatten(1))))
+    assert network.body[0].in_features == 6 * 5 * 4 and network_for_pictures(2, 9, 1).body[0].in_features == 18
 
 
 def test_one_step_of_one_environment_is_equation_1():
@@ -312,7 +341,7 @@ def test_returns_and_lengths_are_those_of_whole_episodes(env_id, monkeypatch):
 def test_the_step_after_an_episode_is_the_phantom(env_id, ends):
     collector = collector_for(f"tiny_envs:{env_id}", num_steps=20)
     for _ in range(2):  # the second rollout starts within an episode
-        obs, _, rewards, _, terminated, truncated, real = collector.collect(1.0)[0]
+        obs, _, _, rewards, terminated, truncated, real = collector.collect(1.0)[0]
         end = {"terminated": terminated, "truncated": truncated}
         assert torch.equal(real, obs != 5)  # the fifth step shows 5, and only a phantom starts there
         assert torch.equal(end.pop(ends), obs == 4) and not end.popitem()[1].any()

@@ -240,11 +240,6 @@ def test_a_number_of_another_type_is_refused_in_one_line(changed, train, refusal
     assert "number" in refusal("pqn", "--resume", folder, *LONGER) or name != "args.num_envs"
 
 
-def test_pictures_are_trained_on_with_a_word_about_the_script_that_is_made_for_them(train, capsys):
-    pqn.make_envs(replace(SMALL, env_id="Pong-v5"), 1, (0,))
-    assert "pqn_atari_envpool.py" in capsys.readouterr().err
-
-
 def test_one_flipped_bit_in_any_tensor_or_field_is_refused(train, refusal):
     folder, checkpoint = train(SMALL)
     path = folder / "checkpoint.pt"
