@@ -136,6 +136,8 @@ def main():
     for worker in workers:
         worker.start()
     learning, acting = np.mean([results.get() for _ in workers], 0) / cores
+    for worker in workers:
+        worker.join()
     print(
         f"CartPole, hidden layers {hidden_sizes}, {cores} cores; µs for each seed's gradient step and acting, and for"
     )
