@@ -1,4 +1,4 @@
-"""benchmark/faults.py and speed.py."""
+"""benchmark/faults.py, running_input.py and speed.py."""
 
 import importlib
 import sys
@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from bench_examples import colours, in_an_empty_folder  # noqa: F401
 
 import faults  # isort: skip
+import running_input  # isort: skip
 import pqn  # isort: skip
 import speed  # isort: skip
 
@@ -125,3 +128,20 @@ def test_a_sweep_replaces_nothing_and_is_not_made_on_a_busy_machine_unless_force
     there.write_text("precious")
     sweep(monkeypatch, "--force", busy=0.5)
     assert len(measured) == 2 and there.read_text() != "precious"
+
+
+def test_running_statistics_of_the_input_make_no_observation_depend_on_the_others():
+    args = replace(pqn.Args(), normalize_input=True, hidden_sizes=(8,))
+    space, actions = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32), gym.spaces.Discrete(2)
+    network, reference = running_input.QNetwork(space, actions, args), pqn.QNetwork(space, actions, args)
+    layer, obs = network.body[0], 5 + 2 * torch.randn(100, 3)
+    few = network(obs[:2])
+    torch.testing.assert_close(layer.running_mean, 5e-4 * obs[:2].mean(0))
+    torch.testing.assert_close(few, network.eval()(obs)[:2])  # as when acting, whatever else is in the minibatch
+    network.train()
+    for _ in range(9_000):
+        layer(obs)
+    torch.testing.assert_close(layer.running_mean, obs.mean(0), atol=0.1, rtol=0)
+    torch.testing.assert_close(layer(obs), (obs - obs.mean(0)) / obs.std(0), atol=0.1, rtol=0)
+    reference.load_state_dict(network.state_dict())  # play.py plays it as pqn.py's
+    torch.testing.assert_close(reference.eval()(obs), network.eval()(obs))
