@@ -54,7 +54,8 @@ def main(args: Args):
     device = script.pick_device(args.device)
     trained = script.Args(**checkpoint["args"])
     # The environments that act greedily in training do so here, without any to train on
-    played = replace(trained, num_envs=0, num_eval_envs=args.episodes, num_steps=1)
+    sizes = {"num_envs": 0, "num_eval_envs": args.episodes, "num_steps": 1}
+    played = replace(trained, **{name: size for name, size in sizes.items() if hasattr(trained, name)})
     envs = script.make_envs(played, args.episodes, (args.seed, 2**32), render=bool(args.video))
     try:
         network = script.QNetwork(*script.spaces(envs), played)

@@ -1,0 +1,773 @@
+"""Offline deep Q-learning without target network, and instruments that say why normalisation keeps it stable.
+
+Collects a data set with random actions, trains Q-networks on it by plain semi-gradient steps, and measures on the way
+what two papers explain their divergence with; equation numbers name the paper:
+    003  "How Does Layer Normalization Improve Deep Q-learning?": gradient interference, isometry
+    004  "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL" (Yue et al., NeurIPS 2023):
+         the self-excite eigenvalue measure (SEEM) of the neural tangent kernel; the step at which training must crash
+Every learning rate with every seed is a copy, and all copies train as one network with a leading dimension K. What is
+measured of each stands in measures.csv in the run's folder. The file ends with main(); bookkeeping follows.
+
+    python offline_dqn.py --env-id CartPole-v1 --norm-type layer_norm
+    python offline_dqn.py --env-id Pendulum-v1 --uniform-states --norm-type none --learning-rate 0.01 0.001
+    python offline_dqn.py --env-id toy --norm-type none --learning-rate 1e-4 --measure-interval 10
+    python offline_dqn.py --env-id Acrobot-v1 --dataset transitions.npz
+    python play.py runs/CartPole-v1__offline_dqn__1__1700000000
+"""
+
+import copy
+import csv
+import fcntl
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+
+# The type of an option says which values it may have, in words and as a test: see check()
+Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
+Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
+Positives = Annotated[
+    tuple[float, ...], "positive and below 1e30, at least one", lambda x: len(x) > 0 and all(0 < y < 1e30 for y in x)
+]
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the plane of 004's Appendix E
+    gradient_steps: Count = 20_000  # gradient steps of the run, made by every copy
+    # copies have this seed, the next one and so on: each seed has its own data set, first weights and minibatches
+    seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
+    num_seeds: Count = 3  # copies of each learning rate
+    device: str = "auto"  # any torch device; "auto" takes CUDA when present
+    resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
+
+    dataset: str | None = None  # train on the transitions in this .npz file, whose layout load_dataset() tells
+    num_transitions: Count = 10_000  # transitions that are collected otherwise, for each seed
+    uniform_states: bool = False  # each of them starts in a state drawn uniformly (MountainCar-v0, Pendulum-v1)
+    # a Box action space is cut into so many even values in each dimension, and all their combinations are the actions
+    values_per_action: Annotated[int, "at least 2", lambda x: x >= 2] = 3
+
+    # learning rates, each a copy of every seed; the default are the nine of 003's Table 1
+    learning_rate: Positives = (0.1, 10**-1.5, 0.01, 10**-2.5, 0.001, 10**-3.5, 1e-4, 10**-4.5, 1e-5)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # without momentum; with the usual β of 0.9 and 0.999
+    batch_size: Count = 128  # transitions in a minibatch; at least as many as there are: all of them in every step
+    gamma: Share = 0.99  # discount factor γ
+    weight_decay: Share = 0.0  # every step shrinks the weights by this times the learning rate, as AdamW does
+    clamp: Positive = 1e6  # weights are kept within ± this (003, Appendix G)
+    limit: Positive = 1e6  # a copy has diverged when a |Q| in its minibatch exceeds this (004, Fig. 3)
+
+    # width of each hidden layer
+    hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (128,)
+    # of each hidden layer, before its ReLU and without learned scale or shift (weight norm learns its length g)
+    norm_type: Literal["layer_norm", "batch_norm", "weight_norm", "none"] = "layer_norm"
+    dropout: Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1] = 0.0  # share of hidden units left out in training
+    action_input: bool = False  # the action is an input of the network (004, §2), not one of its outputs (003, §2)
+
+    measure_interval: Count = 1_000  # gradient steps between two measurements
+    measure_batch: Annotated[int, "at least 2", lambda x: x >= 2] = 128  # transitions of each seed that they take
+    eval_interval: Count = 5_000  # gradient steps between two evaluations; a multiple of --measure-interval
+    num_eval_envs: Count = 3  # greedy episodes of each copy in an evaluation
+    max_eval_steps: Count = 10_000  # an episode that lasts longer is cut short, and counted as it is
+    checkpoint_interval: Count = 10_000  # gradient steps between checkpoints (there is always one at the end)
+
+
+# ------------------------------------------------------------------------------------------------ environments
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
+    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
+    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+    seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
+    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
+            if args.env_id in envpool.list_all_envs():
+                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+            else:
+                envs = gym.make_vec(args.env_id, **kwargs)
+                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
+            observation_space, action_space = spaces(envs)
+    except Exception as error:  # Gymnasium's says what the name may have been meant to be
+        fail(f"cannot make {args.env_id}: {error}")
+    vector = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1
+    if not vector and not isinstance(action_space, gym.spaces.Discrete):
+        fail(f"{args.env_id} has {action_space} actions: Discrete ones or a bounded vector are needed")
+    if vector and args.values_per_action ** action_space.shape[0] > 10_000:
+        fail(f"--values-per-action {args.values_per_action} makes more than 10,000 actions of {action_space}")
+    if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
+        fail(f"{args.env_id} has {observation_space} observations: Box or Discrete ones are needed, and not empty")
+    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+        fail(f"{args.env_id} resets in mode {mode}: AutoresetMode.NEXT_STEP is needed")
+    return envs
+
+
+def spaces(envs):
+    """Observation and action space of one environment."""
+    space = lambda name: getattr(envs, f"single_{name}", None) or getattr(envs, name)
+    return space("observation_space"), space("action_space")
+
+
+def action_table(action_space, args: Args):
+    """What the environment is told for each action: (A,) or (A, dimensions)."""
+    if isinstance(action_space, gym.spaces.Discrete):
+        return action_space.start + np.arange(action_space.n, dtype=np.int32)
+    values = np.linspace(action_space.low, action_space.high, args.values_per_action, dtype=np.float32)
+    return np.stack(np.meshgrid(*values.T, indexing="ij"), axis=-1).reshape(-1, values.shape[1])
+
+
+class Collector:
+    """Steps environments in which the copies of a network act greedily, each in as many as the others."""
+
+    def __init__(self, envs, network, args: Args, device):
+        self.envs, self.network, self.obs = envs, network, torch.as_tensor(envs.reset()[0]).to(device)
+        self.table = action_table(spaces(envs)[1], args)
+        self.ended = np.zeros(len(self.obs), dtype=bool)  # by the last step, which makes the next one a phantom
+        self.returns, self.lengths = np.zeros(len(self.obs)), np.zeros(len(self.obs), dtype=np.int64)
+
+    @torch.no_grad()
+    def collect(self, epsilon):
+        """One step; the (environment, return, length) of the episodes that ended in it, last in a tuple as play.py
+        wants them. There is no exploration: `epsilon` is 0."""
+        values = self.network(self.obs.unflatten(0, (self.network.copies, -1)))
+        actions = self.table[values.argmax(2).flatten().cpu().numpy()]
+        obs, rewards, terminated, truncated, _ = self.envs.step(actions)
+        self.obs = torch.as_tensor(obs).to(self.obs)
+        self.returns += rewards
+        self.lengths += ~self.ended
+        self.ended = terminated | truncated
+        episodes = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.ended)]
+        self.returns[self.ended] = self.lengths[self.ended] = 0
+        return (episodes,)
+
+
+def evaluate(network, args: Args, step, device):
+    """The mean return of --num-eval-envs greedy episodes for each copy, (K,): the same after --resume."""
+    if args.env_id == "toy":
+        return np.full(network.copies, np.nan)  # there is no episode to play
+    envs = make_envs(args, network.copies * args.num_eval_envs, (args.seed, step, 3))
+    collector = Collector(envs, copy.deepcopy(network).eval(), args, device)
+    returns = np.full(len(collector.obs), np.nan)
+    for _ in range(args.max_eval_steps):
+        for i, episode_return, _ in collector.collect(epsilon=0.0)[-1]:
+            if np.isnan(returns[i]):  # only its first episode: quick ones do not count more often
+                returns[i] = episode_return
+        if not np.isnan(returns).any():
+            break
+    return np.where(np.isnan(returns), collector.returns, returns).reshape(network.copies, -1).mean(1)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+def make_data(args: Args, seeds):
+    """Observation and action space; the transitions of all seeds in one list of tensors, and in which row those of each
+    seed begin. A --dataset is shared by all seeds."""
+    if args.env_id == "toy":
+        observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(8)
+    else:
+        observation_space, action_space = spaces(make_envs(args, 1, (args.seed,)))
+    if args.dataset is not None:
+        parts, starts = [load_dataset(args, observation_space, action_space)], [0] * len(seeds)
+    else:
+        parts = [collect(args, action_space, seed) for seed in seeds]
+        starts = [i * args.num_transitions for i in range(len(seeds))]
+    types = torch.float32, torch.int64, torch.float32, torch.float32, torch.bool, torch.bool
+    arrays = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    data = [torch.from_numpy(x).to(dtype) for x, dtype in zip(arrays, types, strict=True)]
+    return observation_space, action_space, data, starts
+
+
+def collect(args: Args, action_space, seed):
+    """--num-transitions with uniformly random actions, as load_dataset() lists them. EnvPool and Gymnasium reset on the
+    step *after* an episode's end: that phantom step, whose action is ignored, is left out."""
+    random, table, M = np.random.default_rng((seed, 1)), action_table(action_space, args), args.num_transitions
+    if args.env_id == "toy":  # a plane, moves of 0.01 in eight directions, no reward and no end (004, Appendix E)
+        obs, actions, none = random.standard_normal((M, 2)), random.integers(8, size=M), np.zeros(M)
+        return obs, actions, none, obs + 0.01 * toy_directions()[actions], none, none
+    if args.uniform_states:
+        return collect_uniformly(args.env_id, random.integers(len(table), size=M), table, random)
+    envs = make_envs(args, 10, (seed, 2))
+    obs, ended, kept = envs.reset()[0].copy(), np.zeros(10, dtype=bool), []
+    while sum(len(transitions[1]) for transitions in kept) < M:
+        actions = random.integers(len(table), size=10)
+        next_obs, rewards, terminated, truncated, _ = envs.step(table[actions])
+        kept.append([x[~ended].copy() for x in (obs, actions, rewards, next_obs, terminated, truncated)])
+        obs, ended = next_obs.copy(), terminated | truncated
+    arrays = [np.concatenate(x)[:M] for x in zip(*kept, strict=True)]
+    return arrays if np.isfinite(arrays[2]).all() else fail(f"{args.env_id} returned a reward that is not finite")
+
+
+def collect_uniformly(env_id, actions, table, random):
+    """The same, where each transition starts in a state of its own, drawn uniformly (003, Appendix G)."""
+    high = np.array({"MountainCar-v0": (0.6, 0.07), "Pendulum-v1": (math.pi, 8.0)}[env_id])
+    low = np.array((-1.2, -0.07)) if env_id == "MountainCar-v0" else -high
+    env, kept = gym.make(env_id).unwrapped, []
+    env.reset()
+    for action, state in zip(actions, random.uniform(low, high, (len(actions), 2)), strict=True):
+        env.state = state
+        obs = state if env_id == "MountainCar-v0" else (math.cos(state[0]), math.sin(state[0]), state[1])
+        next_obs, reward, terminated, truncated, _ = env.step(table[action])
+        kept.append((obs, action, reward, next_obs, terminated, truncated))
+    return [np.array(x) for x in zip(*kept, strict=True)]
+
+
+def toy_directions():
+    return np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y], dtype=np.float32)
+
+
+def load_dataset(args: Args, observation_space, action_space):
+    """The transitions in a file of numpy.savez(), M of them:
+
+    observations, next_observations    (M, *shape of an observation)
+    actions                            (M,) whole numbers from 0, the rows of action_table()
+    rewards                            (M,)
+    terminated, truncated              (M,) true where the episode ended in the next observation, or was cut short there
+    """
+    names = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
+    try:
+        with np.load(args.dataset) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:
+        fail(f"cannot read --dataset {args.dataset}: {error}")
+    if missing := [name for name in names if name not in arrays]:
+        fail(f"--dataset {args.dataset} has no {', '.join(missing)}")
+    M, A = len(np.atleast_1d(arrays["actions"])), len(action_table(action_space, args))
+    for name in names:
+        array, shape = arrays[name], (M, *(observation_space.shape if "observations" in name else ()))
+        if array.shape != shape or M == 0:
+            fail(f"{name} in --dataset {args.dataset} must have the shape {shape}, not {array.shape}")
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            fail(f"{name} in --dataset {args.dataset} has values that are not finite numbers")
+    if not np.isin(arrays["actions"], np.arange(A)).all():
+        fail(f"actions in --dataset {args.dataset} must be whole numbers from 0 to {A - 1}")
+    return [arrays[name] for name in names]
+
+
+def minibatches(data, starts, generators, args: Args, number):
+    """Minibatches of (observations, actions, rewards, next observations, terminated), each (K, n, ...), drawn with
+    replacement. Each seed draws its own; its copies, which differ in their learning rate, share them."""
+    M = len(data[0]) - starts[-1]
+    if args.batch_size < M:
+        rows = [torch.randint(M, (number, args.batch_size), generator=generator) for generator in generators]
+    else:
+        rows = [torch.arange(M).expand(number, M)] * len(generators)
+    for one in torch.stack([x + start for x, start in zip(rows, starts, strict=True)], 1):
+        yield take(data, one, args)
+
+
+def measuring_batch(data, starts, generators, args: Args):
+    """--measure-batch transitions of each seed, no two of them the same one."""
+    rows = [torch.randperm(len(data[0]) - starts[-1], generator=x)[: args.measure_batch] for x in generators]
+    return take(data, torch.stack([x + start for x, start in zip(rows, starts, strict=True)]), args)
+
+
+def take(data, rows, args: Args):
+    """The transitions in these rows, (S, n), for every learning rate."""
+    rows = rows.to(data[0].device).repeat(len(args.learning_rate), 1)
+    return [x[rows] for x in data[:5]]
+
+
+# ----------------------------------------------------------------------------------------------------- network
+class QNetwork(nn.Module):
+    """K copies of linear → norm → ReLU for each hidden layer, then linear, to one value per action (003, Eq. 3)."""
+
+    def __init__(self, observation_space, action_space, args: Args, copies=1):
+        super().__init__()
+        self.copies, self.norm_type, self.dropout = copies, args.norm_type, args.dropout
+        self.discrete = isinstance(observation_space, gym.spaces.Discrete)
+        self.first = int(observation_space.start) if self.discrete else 0
+        self.inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
+        table = action_table(action_space, args)
+        described = None  # each action as an input, (A, dimensions); of the toy task, see the page of its results
+        if args.action_input:
+            described = (
+                10 * toy_directions() if args.env_id == "toy" else table if table.ndim == 2 else np.eye(len(table))
+            )
+            described = torch.as_tensor(described, dtype=torch.float32)
+        self.register_buffer("described", described, persistent=False)
+        sizes = [self.inputs, *args.hidden_sizes, len(table)]
+        if args.action_input:
+            sizes[0], sizes[-1] = self.inputs + described.shape[1], 1
+        make = lambda shapes: nn.ParameterList([nn.Parameter(torch.zeros(copies, *shape)) for shape in shapes])
+        self.weights = make(zip(sizes[1:], sizes, strict=False))
+        self.biases = make((1, size) for size in sizes[1:])
+        self.lengths = make((size, 1) for size in args.hidden_sizes if args.norm_type == "weight_norm")
+        for i, size in enumerate(args.hidden_sizes if args.norm_type == "batch_norm" else ()):
+            self.register_buffer(f"mean_{i}", torch.zeros(copies, size))
+            self.register_buffer(f"variance_{i}", torch.ones(copies, size))
+
+    def initialise(self, generators):
+        """PyTorch's default for linear layers, by one generator for each seed; the same for all learning rates."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            for p in (weight, bias):
+                for i, generator in enumerate(generators):
+                    p.data[i :: len(generators)] = 2 * torch.rand(p.shape[1:], generator=generator) - 1
+                p.data *= weight.shape[2] ** -0.5
+        for length, weight in zip(self.lengths, self.weights, strict=False):
+            length.data = weight.data.norm(dim=2, keepdim=True)
+
+    def forward(self, obs, actions=None, layers=None):
+        """The values of all actions, (K, n, A), or of the given ones, (K, n). If `layers` is a list, it receives of each
+        linear layer the input, the output and, under weight norm, g/‖v‖ and v/‖v‖ of the rows of W."""
+        if self.discrete:
+            obs = F.one_hot(obs.long() - self.first, self.inputs)
+        x = obs.flatten(2).to(self.biases[0].dtype)
+        K, n, _ = x.shape
+        if self.described is not None:
+            chosen = self.described.repeat(K, n, 1) if actions is None else self.described[actions]
+            x = torch.cat([x.repeat_interleave(chosen.shape[1] // n, 1), chosen], 2)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            scale = direction = None
+            if i < len(self.lengths):  # W = g v/‖v‖ for each row
+                norm = weight.norm(dim=2, keepdim=True)
+                scale, direction = self.lengths[i] / norm, weight / norm
+                weight = self.lengths[i] * direction
+            y = torch.baddbmm(bias, x, weight.mT)
+            if layers is not None:
+                layers.append((x, y, scale, direction))
+            if i + 1 < len(self.weights):
+                x = F.relu(self.normalise(y, i))
+                if self.dropout and self.training:  # drawn on the host, alike for every device
+                    x = x * (torch.rand(x.shape) >= self.dropout).to(x) / (1 - self.dropout)
+        if self.described is not None:
+            return y.view(K, n, -1) if actions is None else y.squeeze(2)
+        return y if actions is None else y.gather(2, actions.unsqueeze(2)).squeeze(2)
+
+    def normalise(self, y, i):
+        if self.norm_type == "layer_norm":
+            return F.layer_norm(y, y.shape[2:])  # 003, Eq. 2
+        if self.norm_type != "batch_norm":
+            return y
+        # In training over the minibatch, s and s' apart, as in PyTorch's own layer
+        statistics = [getattr(self, f"{name}_{i}").view(-1) for name in ("mean", "variance")]
+        flat = F.batch_norm(y.transpose(0, 1).flatten(1), *statistics, training=self.training)
+        return flat.unflatten(1, (self.copies, -1)).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+def td_errors(network, batch, gamma: float):
+    """Δ = Q(s, a) − r − γ max_a' Q(s', a') (003, Eq. 4; 004's u), whose target carries no gradient; Q(s, a);
+    the greedy actions at s'; γ or, where the episode terminated, 0. A truncation bootstraps."""
+    obs, actions, rewards, next_obs, terminated = batch
+    with torch.no_grad():
+        next_values, next_actions = network(next_obs).max(2)
+        discount = gamma * ~terminated
+        targets = rewards + discount * next_values
+    values = network(obs, actions)
+    return values - targets, values, next_actions, discount
+
+
+def train_step(network, optimizer, batch, gamma: float):
+    """One step down the semi-gradient Δ ∇Q(s, a), its mean over the minibatch (003, Eq. 1); each copy's largest |Q|."""
+    errors, values, *_ = td_errors(network, batch, gamma)
+    loss = 0.5 * errors.square().mean(1).sum()  # of all copies: the gradient of each is that of its own
+    optimizer.step(torch.autograd.grad(loss, list(network.parameters())))
+    return values.detach().abs().amax(1)
+
+
+class Optimizer:
+    """SGD or Adam (Kingma & Ba, 2015), with a learning rate for every copy. All weights lie in one tensor, (K, P), of
+    which the network sees views. What a copy does depends on no other copy, even where it is not finite."""
+
+    def __init__(self, network, learning_rates, args: Args):
+        layers = list(network.parameters())
+        self.weights = torch.cat([p.detach().flatten(1) for p in layers], 1)
+        for p, weights in zip(layers, self.weights.split([p[0].numel() for p in layers], 1), strict=True):
+            p.data = weights.view_as(p)
+        self.learning_rates = learning_rates.to(self.weights).unsqueeze(1)
+        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.adam, self.weight_decay, self.clamp = args.optimizer == "adam", args.weight_decay, args.clamp
+        self.steps = 0
+
+    def step(self, gradients, beta1=0.9, beta2=0.999, eps=1e-8):
+        self.steps += 1
+        move = torch.cat([g.flatten(1) for g in gradients], 1)
+        if self.adam:
+            self.mean.lerp_(move, 1 - beta1)
+            self.square.lerp_(move.square(), 1 - beta2)
+            root = (self.square / (1 - beta2**self.steps)).sqrt_()
+            move = (self.mean / (1 - beta1**self.steps)).div_(root.add_(eps))
+        if self.weight_decay:
+            move = move + self.weight_decay * self.weights
+        self.weights.sub_(move.mul_(self.learning_rates)).clamp_(-self.clamp, self.clamp)
+
+
+# ------------------------------------------------------------------------------------------------- instruments
+def gram_matrix(network, obs, actions):
+    """G_ij = ⟨∇Q(x_i), ∇Q(x_j)⟩ over all parameters (004, §2) of each copy, (K, n, n), and the last hidden layer.
+
+    In a linear layer with input a_i and output y_i, the gradient of W is b_i a_iᵀ and that of the bias b_i, where
+    b_i = ∂Q(x_i)/∂y_i. So G is the sum of (A Aᵀ + 1) ∘ (B Bᵀ) over the layers, and one backward pass gives every B, as
+    long as no sample depends on another: batch norm has its running statistics here. With W = g v/‖v‖ for each row, the
+    gradient of g is b_i (v̂ᵀa_i), and that of v is g/‖v‖ times what b_i a_iᵀ leaves at right angles to v̂.
+    """
+    layers = []
+    total = network(obs, actions, layers).sum()
+    gram = 0
+    for (a, _, scale, direction), b in zip(layers, torch.autograd.grad(total, [x[1] for x in layers]), strict=True):
+        if scale is None:
+            gram = gram + (a @ a.mT + 1) * (b @ b.mT)
+        else:
+            squared, along = scale.mT.square(), b * (a @ direction.mT)
+            gram = gram + (a @ a.mT) * ((b * squared) @ b.mT) + b @ b.mT + (along * (1 - squared)) @ along.mT
+    return gram.detach(), layers[-1][0].detach()
+
+
+def interference(gram, errors, discount, learning_rates):
+    """Gradient interference (003) of n transitions, each (K,), from the Gram matrix of their (s, a) followed by their
+    (s', greedy a'). With the semi-gradient g_i = Δ_i ∇Q_i, the full gradient f_j = Δ_j ∇h_j of the loss
+    Δ²/2, h = Q(s, a) − γ max Q(s', ·), and the learning rate η:
+
+        QGI₊ = mean |cos(∇Q_i, ∇Q_j)| over i ≠ j    (Eq. 6)        MGI = mean cos(g_i, f_j)    (Eq. 9)
+        SGI = mean cos(g_i, g_j)                    (Eq. 8)        DGI = mean ⟨g_i, f_j⟩       (Appendix F)
+        GI₂ = 2η DGI − η² mean ⟨g_i, f_j⟩² / Δ_j²   (Eq. 11)
+
+    GI₂ is the loss Δ_j² that a step on transition i alone takes from transition j, exactly so where Q is linear.
+    """
+    n = errors.shape[1]
+    own, cross, following = gram[:, :n, :n], gram[:, :n, n:], gram[:, n:, n:].diagonal(dim1=1, dim2=2)
+    mixed = own - cross * discount.unsqueeze(1)  # ⟨∇Q_i, ∇h_j⟩
+    squared = own.diagonal(dim1=1, dim2=2)
+    full = squared - 2 * discount * cross.diagonal(dim1=1, dim2=2) + discount.square() * following
+    length, full_length = squared.sqrt().unsqueeze(2), full.clamp(min=0).sqrt().unsqueeze(1)
+    cosines = (own / (length * length.mT)).nan_to_num(0)  # 0 where a gradient is: a network may be dead
+    mixed_cosines = (mixed / (length * full_length)).nan_to_num(0)
+    signs = errors.sign().unsqueeze(2) * errors.sign().unsqueeze(1)
+    mean = lambda x: x.mean((1, 2))
+    dgi = mean(errors.unsqueeze(2) * errors.unsqueeze(1) * mixed)
+    second = mean((errors.unsqueeze(2) * mixed).square())
+    return {
+        "qgi": (cosines.abs().sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1)),
+        "sgi": mean(signs * cosines),
+        "mgi": mean(signs * mixed_cosines),
+        "dgi": dgi,
+        "gi2": 2 * learning_rates * dgi - learning_rates.square() * second,
+    }
+
+
+def seem(gram, discount):
+    """SEEM, the largest real part of an eigenvalue of A = γ G(X*, X) − G(X, X) (004, Theorem 3), where X* are the
+    (s', greedy a'). A small step on the sum of the losses is u ← (I + ηA) u (Theorem 1). NaN where A is not finite."""
+    n = discount.shape[1]
+    a = discount.unsqueeze(2) * gram[:, n:, :n] - gram[:, :n, :n]
+    finite = a.isfinite().all(2).all(1)
+    largest = torch.linalg.eigvals(torch.where(finite[:, None, None], a, 0)).real.amax(1)
+    return torch.where(finite, largest, torch.nan)
+
+
+def isometry(features, k):
+    """ISO_k (003, Appendix C): the mean of det(G)^{1/k} / (tr(G)/k) over sets of k samples, G their inner products.
+    It is 1 where they are orthogonal and of one length, and 0 where they are linearly dependent."""
+    sets = features[:, : features.shape[1] // k * k].unflatten(1, (-1, k))
+    products = sets @ sets.mT
+    trace = products.diagonal(dim1=2, dim2=3).sum(2)
+    return ((torch.linalg.slogdet(products).logabsdet / k).exp() / (trace / k)).nan_to_num(0, 0, 0).mean(1)
+
+
+def predicted_crash(steps, errors, depth):
+    """The step at which training must crash: where the line through 1/‖u‖^((2L−2)/L) reaches 0, which falls linearly in
+    an L-layer ReLU network under SGD (004, Eq. 2, 23). steps (T,), ‖u‖ (T, K) -> (K,); infinite if it does not fall."""
+    inverse = errors ** -((2 * depth - 2) / depth)
+    centred = (steps - steps.mean())[:, None]
+    slope = (centred * inverse).sum(0) / centred.square().sum()
+    return torch.where(slope < 0, steps.mean() - inverse.mean(0) / slope, torch.inf)
+
+
+def measure(network, batch, learning_rates, args: Args, before=None):
+    """All of these for each copy, in double precision, on its measuring transitions: {name: (K,)}. And what the next
+    call needs as `before`: the kernel and the greedy actions, whose change is measured too (004, Fig. 1)."""
+    network, batch = copy.deepcopy(network).double().eval(), [x.double() if x.is_floating_point() else x for x in batch]
+    errors, values, next_actions, discount = td_errors(network, batch, args.gamma)
+    (obs, actions, _, next_obs, _), n = batch, errors.shape[1]
+    gram, features = gram_matrix(network, torch.cat([obs, next_obs], 1), torch.cat([actions, next_actions], 1))
+    errors, kernel = errors.detach(), gram[:, :n, :n]
+    eigenvalue, k = seem(gram, discount), min(network.inputs + len(network.biases[-1][0, 0]), n, features.shape[2])
+    found = {"loss": errors.square().mean(1), "q": values.detach().abs().mean(1)}
+    found |= interference(gram, errors, discount, learning_rates) | {"iso": isometry(features[:, :n], k)}
+    found |= {"seem": eigenvalue, "seem_normalised": eigenvalue / kernel.diagonal(dim1=1, dim2=2).mean(1)}
+    found["norm"] = sum(p.detach().square().sum((1, 2)) for p in network.parameters()).sqrt()
+    old_kernel, old_actions = before or (kernel, next_actions)
+    found["kernel_alignment"] = F.cosine_similarity(kernel.flatten(1), old_kernel.flatten(1))
+    found["policy_alignment"] = (next_actions == old_actions).double().mean(1)
+    return found, (kernel, next_actions)
+
+
+# -------------------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    # Set up: nothing is written before everything has been checked
+    device = pick_device(args.device)
+    check(args)
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    step = checkpoint["step"] if checkpoint else 0  # gradient steps so far, of every copy
+    if step >= args.gradient_steps:
+        fail(f"the run has made {step} gradient steps already: --gradient-steps {args.gradient_steps} adds none")
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    observation_space, action_space, data, starts = make_data(args, seeds)
+    data = [x.to(device) for x in data]
+    # Copy i has learning rate i // num_seeds and seed i % num_seeds
+    learning_rates = torch.tensor(args.learning_rate, dtype=torch.float64).repeat_interleave(args.num_seeds).to(device)
+    network = QNetwork(observation_space, action_space, args, copies=len(learning_rates))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    network.initialise(generators)
+    optimizer = Optimizer(network.to(device), learning_rates, args)
+    torch.manual_seed(args.seed)  # of dropout
+    measured = measuring_batch(data, starts, generators, args)
+    diverged_at = torch.full(learning_rates.shape, -1, device=device)
+    if checkpoint:
+        restore(checkpoint, network, optimizer, generators, diverged_at)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several gain little on so small networks, and stall where other programs run
+    run = Run(args, optimizer.weights, checkpoint)
+
+    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+        measures, before = measure(network, measured, learning_rates, args)
+        if not checkpoint:
+            run.log(step, learning_rates, measures, diverged_at, evaluate(network, args, step, device))
+        while step < args.gradient_steps and not run.stopped:
+            # Learn
+            network.train()
+            for batch in minibatches(data, starts, generators, args, args.measure_interval):
+                largest = train_step(network, optimizer, batch, args.gamma)
+                step += 1
+                diverged_at = torch.where((diverged_at < 0) & ~(largest <= args.limit), step, diverged_at)
+
+            # Measure
+            measures, before = measure(network, measured, learning_rates, args, before)
+
+            # Evaluate
+            over = step >= args.gradient_steps
+            returns = evaluate(network, args, step, device) if over or step % args.eval_interval == 0 else None
+
+            # Log
+            run.log(step, learning_rates, measures, diverged_at, returns)
+
+            # Checkpoint
+            if step % args.checkpoint_interval < args.measure_interval:
+                run.save(step, network, optimizer, generators, diverged_at)
+        run.save(step, network, optimizer, generators, diverged_at)
+    run.finish(step)
+
+
+# ------------------------------------------------------------------------------------------------- bookkeeping
+def fail(message, code=2):
+    """Ends the program with one line for the user; with code 2, nothing is written."""
+    print("error:", " ".join(message.split())[:500], file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args():
+    """The command line, where 1e6 is a whole number. With --resume, it replaces options of the run that goes on."""
+    whole = lambda match: f"{float(match[0]):.0f}" if float(match[0]).is_integer() else match[0]
+    words = [re.sub(r"(?<![^=])\d+(\.\d+)?e\d+$", whole, word) for word in sys.argv[1:]]
+    cli = partial(tyro.cli, Args, args=words)
+    if (args := cli()).resume is not None:
+        saved = Args(**load_checkpoint(args.resume)["args"])
+        args = cli(default=saved)
+        if args.env_id != saved.env_id:
+            fail(f"the checkpoint in {args.resume} is of {saved.env_id}, not of {args.env_id}")
+    return args
+
+
+def check(args: Args):
+    """Refuses options that are out of range or do not fit together."""
+    for option in fields(args):
+        words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
+        if not allowed(value := getattr(args, option.name)):
+            fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
+    if args.uniform_states and args.env_id not in ("MountainCar-v0", "Pendulum-v1", "toy"):
+        fail(f"--uniform-states knows the states of MountainCar-v0 and Pendulum-v1, not those of {args.env_id}")
+    if args.eval_interval % args.measure_interval or args.gradient_steps % args.measure_interval:
+        fail("--measure-interval must divide --eval-interval and --gradient-steps")
+    if args.batch_size < 2 and args.norm_type == "batch_norm":
+        fail("batch norm needs two transitions or more in a minibatch")
+
+
+def pick_device(name):
+    """The device, tried out. "auto" is CUDA, and the CPU where there is none."""
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        (there := torch.zeros(1, device=auto if name == "auto" else name)).cpu()
+        return there.device
+    except Exception as error:
+        fail(f"--device {name} cannot be used: {error}")
+
+
+def load_checkpoint(folder, script=Path(__file__).stem):
+    path = Path(folder, "checkpoint.pt")
+    if not os.path.isfile(path):
+        fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
+        damaged = zipfile.ZipFile(path).testzip()  # checks the sums that torch.load() does not look at
+        if damaged or checkpoint["script"] != script:
+            raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
+        sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
+        check(Args(**checkpoint["args"]))
+        return checkpoint
+    except Exception as error:
+        fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")
+
+
+def restore(checkpoint, network, optimizer, generators, diverged_at):
+    try:
+        network.load_state_dict(checkpoint["copies"])
+        optimizer.mean.copy_(checkpoint["optimizer"]["mean"])
+        optimizer.square.copy_(checkpoint["optimizer"]["square"])
+        optimizer.steps = int(checkpoint["optimizer"]["steps"])
+        for generator, state in zip(generators, checkpoint["generators"], strict=True):
+            generator.set_state(state)
+        diverged_at.copy_(checkpoint["diverged_at"])
+        torch.set_rng_state(checkpoint["rng_state"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"the checkpoint is of another network, environment or version: {error}")
+
+
+class Run:
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
+
+    def __init__(self, args: Args, weights, checkpoint):
+        self.args, self.first_step, self.live = args, checkpoint["step"] if checkpoint else 0, sys.stdout.isatty()
+        # What stands in measures.csv: its columns, and (K, columns) for each measurement
+        self.columns, self.table = ((), []) if not checkpoint else (checkpoint["columns"], [*checkpoint["table"]])
+        self.stopped = 0  # the last signal
+        self.started = self.shown = time.monotonic()
+        name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+        self.folder = Path(args.resume or f"runs/{name}__{time.time_ns() // 1_000_000}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it ends
+            # Points that a killed run wrote after its last checkpoint are dropped
+            self.writer = SummaryWriter(self.folder, purge_step=self.first_step + 1 if args.resume else None)
+        except Exception as error:  # of the file system
+            reason = "another process is at work in it" if isinstance(error, BlockingIOError) else error
+            fail(f"cannot open the run {self.folder}: {reason}")
+        rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
+        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
+        device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
+        print(f"{self.folder}: {args.env_id} on {device}, {len(weights)} copies of {weights.shape[1]:,} parameters")
+
+    def column(self, name):
+        """(measurements, K)"""
+        return torch.stack(self.table)[:, :, self.columns.index(name)]
+
+    def log(self, step, learning_rates, measures, diverged_at, returns):
+        """A row of measures.csv for every copy; a point of every curve for every learning rate, the mean over its seeds;
+        and the progress line. The crash is foreseen from the last ten measurements."""
+        S = self.args.num_seeds
+        seeds = torch.arange(len(learning_rates)) % S + self.args.seed
+        values = {"learning_rate": learning_rates, "seed": seeds, "step": step, "diverged_at": diverged_at}
+        values |= {"return": math.nan if returns is None else returns, **measures, "crash": math.nan}
+        self.columns = list(values)
+        self.table.append(
+            torch.stack([torch.as_tensor(x).cpu().double().expand(len(seeds)) for x in values.values()], 1)
+        )
+        steps, errors = self.column("step")[-10:, 0], (self.column("loss")[-10:] * self.args.measure_batch).sqrt()
+        self.table[-1][:, -1] = predicted_crash(steps, errors, len(self.args.hidden_sizes) + 1)
+        for name in self.columns[3:]:
+            for rate, x in zip(self.args.learning_rate, self.column(name)[-1].split(S), strict=True):
+                if not x.isnan().all():
+                    self.writer.add_scalar(f"{name}/learning_rate_{rate:.2g}", x.nanmean(), step)
+        now, total = time.monotonic(), self.args.gradient_steps
+        self.speed = (step - self.first_step) / (now - self.started)
+        if now - self.shown > (0.2 if self.live else 10) and self.speed:  # a live line on a terminal, else plain ones
+            self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
+            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left"]
+            words.append(f"{(diverged_at >= 0).sum()} of {len(seeds)} copies diverged")
+            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
+                words.pop()
+            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+
+    def summary(self):
+        """For each learning rate: the mean return of all evaluations and seeds; when which seed diverged, and what had
+        been foreseen at 80% of the way there."""
+        names = "step", "return", "crash", "diverged_at", "seed"
+        tables = [self.column(name).split(self.args.num_seeds, 1) for name in names]
+        for rate, step, returns, crash, diverged_at, seeds in zip(self.args.learning_rate, *tables, strict=True):
+            words = [f"learning rate {rate:.2g}: return {returns.nanmean():.1f}"]
+            for i, at in enumerate(diverged_at[-1].tolist()):
+                if at >= 0:
+                    foreseen = crash[(step[:, i] <= 0.8 * at).sum() - 1, i]
+                    words.append(f"seed {seeds[0, i]:.0f} diverged at {at:.0f} (foreseen: {foreseen:.0f})")
+            print(", ".join(words))
+
+    def save(self, step, network, optimizer, generators, diverged_at):
+        """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
+        content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
+        state = {"script": Path(__file__).stem, "args": asdict(self.args), "threads": torch.get_num_threads()}
+        # play.py plays the copy with the best return of the last evaluation
+        evaluated = [row for row in self.column("return") if not row.isnan().all()] or [torch.zeros(network.copies)]
+        best, copies = int(evaluated[-1].nan_to_num(-math.inf).argmax()), network.state_dict()
+        state |= {"network": {name: x[best : best + 1].clone() for name, x in copies.items()}, "copies": copies}
+        state |= {"rng_state": torch.get_rng_state(), "step": step, "diverged_at": diverged_at}
+        state |= {"generators": [generator.get_state() for generator in generators]}
+        state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
+        state |= {"columns": self.columns, "table": torch.stack(self.table)}
+        state |= {"last_returns": [], "eval_returns": [float(row[best]) for row in evaluated]}
+        with open(self.folder / "measures.csv", "w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *torch.cat(self.table).tolist()])
+        torch.save(state, content)  # to memory: on a full disk torch.save() does not say what is wrong
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.folder / "checkpoint.pt")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self.writer.flush()
+
+    def finish(self, step):
+        done = step >= self.args.gradient_steps
+        self.writer.close()
+        self.summary()
+        print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
+        print("evaluate the best copy with python play.py" if done else "go on with --resume", self.folder)
+        if not done:
+            raise SystemExit(128 + self.stopped)
+
+    def __enter__(self):
+        def stop(signum, _):
+            self.stopped = signum
+            signal.signal(signum, signal.SIG_DFL)
+            os.write(2, b"\nstopping after the next measurement\n")
+
+        signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+        self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+
+    def __exit__(self, kind, error, where):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.lock = None  # closed, and so released
+        print(end="\n" * self.live)  # what comes next starts below the progress line
+        if isinstance(error, Exception):
+            if not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
+                traceback.print_exception(error)
+            saved = f"; --resume {self.folder} goes on from its last checkpoint"
+            fail((str(error) or kind.__name__) + saved * (self.folder / "checkpoint.pt").exists(), code=1)
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where the module of an environment may lie
+    main(parse_args())
