@@ -371,7 +371,7 @@ def td_errors(network, batch, gamma: float):
     obs, actions, rewards, next_obs, terminated = batch
     with torch.no_grad():
         next_values, next_actions = network(next_obs).max(2)
-        discount = gamma * ~terminated
+        discount = gamma * (~terminated).to(rewards)
         targets = rewards + discount * next_values
     values = network(obs, actions)
     return values - targets, values, next_actions, discount

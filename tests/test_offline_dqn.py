@@ -1,0 +1,544 @@
+"""offline_dqn.py: its instruments against slow, literal ones on tiny networks; copies that train together against ones
+that train alone; its data, refusals, checkpoints and what play.py makes of them."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tiny_envs  # noqa: F401 (registers its environments)
+import torch
+import torch.nn as nn
+
+import offline_dqn as script
+import play
+
+ROOT = Path(__file__).parents[1]
+NORMS = ("none", "layer_norm", "batch_norm", "weight_norm")
+SMALL = dict(num_transitions=60, gradient_steps=8, measure_interval=4, eval_interval=8, measure_batch=12, batch_size=16)
+SMALL |= dict(hidden_sizes=(8,), learning_rate=(0.01, 0.001), num_seeds=2, num_eval_envs=1)
+SPACES = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(4)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make(copies=2, n=6, seed=0, spaces=SPACES, **options):
+    """A network in double precision, a batch for it, and its Args; no bias or statistic is left at its first value."""
+    args = script.Args(hidden_sizes=options.pop("hidden_sizes", (5, 4)), **options)
+    network = script.QNetwork(*spaces, args, copies).double()
+    network.initialise([torch.Generator().manual_seed(seed + i) for i in range(copies)])
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
+    for p in network.lengths:
+        p.data *= 1 + 0.5 * torch.rand(p.shape, generator=random, dtype=torch.float64)
+    for name, x in network.named_buffers():
+        if name.startswith(("mean", "variance")):
+            x.copy_(draw(*x.shape).abs() + 0.1)
+    actions = torch.randint(4, (copies, n), generator=random)
+    terminated = (torch.arange(n) % 3 == 1).expand(copies, n)
+    batch = draw(copies, n, 3), actions, draw(copies, n), draw(copies, n, 3), terminated
+    return network.eval(), batch, args
+
+
+def gradient(network, value):
+    """The gradient of a value of copy k with respect to all parameters, of which only that copy's are not 0."""
+    parts = torch.autograd.grad(value, list(network.parameters()), retain_graph=True)
+    return torch.cat([x.flatten() for x in parts])
+
+
+def literal_gradients(network, batch, gamma, k):
+    """For each transition of copy k, one by one: Δ, ∇Q(s, a), ∇ max Q(s', ·) and the discount."""
+    obs, actions, rewards, next_obs, terminated = batch
+    found = []
+    for i in range(obs.shape[1]):
+        value = network(obs[:, i : i + 1])[k, 0, actions[k, i]]
+        following = network(next_obs[:, i : i + 1])[k, 0].max()
+        discount = 0.0 if terminated[k, i] else gamma
+        delta = value - rewards[k, i] - discount * following
+        found.append((delta.detach(), gradient(network, value), gradient(network, following), discount))
+    return found
+
+
+def cosine(x, y):
+    return float(x @ y / (x.norm() * y.norm()))
+
+
+# --------------------------------------------------------------------------------------------------- instruments
+
+
+def gram_of(network, batch, gamma):
+    errors, _, next_actions, discount = script.td_errors(network, batch, gamma)
+    obs, actions = torch.cat([batch[0], batch[3]], 1), torch.cat([batch[1], next_actions], 1)
+    return *script.gram_matrix(network, obs, actions), errors.detach(), discount, next_actions
+
+
+@pytest.mark.parametrize("action_input", [False, True])
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_gram_matrix_is_that_of_gradients_taken_one_by_one(norm_type, action_input):
+    network, batch, args = make(norm_type=norm_type, action_input=action_input)
+    gram, *_ = gram_of(network, batch, 0.9)
+    for k in range(2):
+        rows = literal_gradients(network, batch, 0.9, k)
+        gradients = torch.stack([g for _, g, _, _ in rows] + [h for _, _, h, _ in rows])
+        torch.testing.assert_close(gram[k], gradients @ gradients.T)
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_interference_is_the_mean_over_pairs_of_what_the_paper_defines(norm_type):
+    network, batch, args = make(norm_type=norm_type)
+    gram, _, errors, discount, _ = gram_of(network, batch, 0.9)
+    rates = torch.tensor([0.3, 0.02], dtype=torch.float64)
+    found = script.interference(gram, errors, discount, rates)
+    for k in range(2):
+        rows = literal_gradients(network, batch, 0.9, k)
+        semi = [delta * q for delta, q, _, _ in rows]
+        full = [delta * (q - discount * following) for delta, q, following, discount in rows]
+        pairs = [(i, j) for i in range(6) for j in range(6)]
+        qgi = np.mean([abs(cosine(rows[i][1], rows[j][1])) for i, j in pairs if i != j])
+        dots = {(i, j): float(semi[i] @ full[j]) for i, j in pairs}
+        second = np.mean([dots[i, j] ** 2 / float(rows[j][0]) ** 2 for i, j in pairs])
+        expected = {"qgi": qgi, "sgi": np.mean([cosine(semi[i], semi[j]) for i, j in pairs])}
+        expected |= {"mgi": np.mean([cosine(semi[i], full[j]) for i, j in pairs]), "dgi": np.mean(list(dots.values()))}
+        expected["gi2"] = 2 * float(rates[k]) * expected["dgi"] - float(rates[k]) ** 2 * second
+        assert {name: float(x[k]) for name, x in found.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_gi2_is_the_mean_decrease_of_the_loss_for_a_linear_q():
+    network, batch, args = make(copies=1, hidden_sizes=(), norm_type="none")
+    gram, _, errors, discount, before = gram_of(network, batch, 0.9)
+    rate = 1e-3  # so small that no greedy action changes
+    gi2 = script.interference(gram, errors, discount, torch.tensor([rate], dtype=torch.float64))["gi2"]
+    decreases = []
+    for delta, q, _, _ in literal_gradients(network, batch, 0.9, 0):
+        moved = make(copies=1, hidden_sizes=(), norm_type="none")[0]
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(network.parameters()) - rate * delta * q, moved.parameters()
+        )
+        after, _, actions, _ = script.td_errors(moved, batch, 0.9)
+        assert torch.equal(actions, before)
+        decreases.append(float((errors.square() - after.detach().square()).mean()))
+    assert float(gi2) == pytest.approx(np.mean(decreases), rel=1e-9)
+
+
+def test_a_dead_network_interferes_with_nothing_and_has_no_isometry():
+    network, batch, args = make(norm_type="none")
+    for p in network.parameters():
+        p.data.zero_()
+    gram, features, errors, discount, _ = gram_of(network, batch, 0.9)
+    gram.zero_()
+    found = script.interference(gram, errors, discount, torch.ones(2, dtype=torch.float64))
+    assert all(x.eq(0).all() for x in found.values())
+    assert script.isometry(features, 2).eq(0).all()
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_a_small_step_multiplies_the_td_errors_by_one_plus_eta_a(norm_type):
+    network, batch, args = make(norm_type=norm_type)
+    gram, _, errors, discount, before = gram_of(network, batch, 0.9)
+    a = discount.unsqueeze(2) * gram[:, 6:, :6] - gram[:, :6, :6]
+    changes = []
+    for eta in (1e-5, 1e-6):
+        moved, *_ = make(norm_type=norm_type)
+        loss = 0.5 * script.td_errors(moved, batch, 0.9)[0].square().sum()
+        for p, g in zip(moved.parameters(), torch.autograd.grad(loss, list(moved.parameters())), strict=True):
+            p.data -= eta * g
+        after, _, actions, _ = script.td_errors(moved, batch, 0.9)
+        assert torch.equal(actions, before)
+        linear = errors + eta * (a @ errors.unsqueeze(2)).squeeze(2)
+        changes.append(float((after.detach() - linear).norm() / (after.detach() - errors).norm()))
+    assert changes[0] < 1e-2 and changes[1] < 0.2 * changes[0]  # what is left is of second order
+
+
+def test_seem_is_the_largest_real_part_and_nan_only_where_the_kernel_is_not_finite():
+    network, batch, args = make(copies=3, norm_type="none")
+    gram, _, errors, discount, _ = gram_of(network, batch, 0.9)
+    gram[1, 2, 3] = torch.inf
+    found = script.seem(gram, discount)
+    for k in (0, 2):
+        a = [[discount[k, i] * gram[k, 6 + i, j] - gram[k, i, j] for j in range(6)] for i in range(6)]
+        assert float(found[k]) == pytest.approx(np.linalg.eigvals(np.array(a)).real.max())
+    assert found[1].isnan()
+
+
+def test_isometry_is_one_for_orthogonal_samples_of_one_length_and_follows_its_formula():
+    eye = 3 * torch.eye(4, dtype=torch.float64).unsqueeze(0)
+    assert float(script.isometry(eye, 2)) == pytest.approx(1)
+    x = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = []
+    for start in (0, 3):  # two sets of three; the seventh sample is left over
+        g = x[1, start : start + 3] @ x[1, start : start + 3].T
+        expected.append(float(torch.linalg.det(g)) ** (1 / 3) / (float(g.trace()) / 3))
+    assert float(script.isometry(x, 3)[1]) == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_crash_is_foreseen_exactly_where_errors_follow_the_law(depth):
+    steps = torch.arange(100, 200, 10, dtype=torch.float64)
+    crash = torch.tensor([605.0, 250.0])
+    errors = (1 - steps[:, None] / crash) ** -(depth / (2 * depth - 2))
+    assert script.predicted_crash(steps, errors, depth).tolist() == pytest.approx(crash.tolist())
+    assert script.predicted_crash(steps, 1 / steps[:, None], depth).isinf().all()  # these errors fall
+
+
+def test_alignments_compare_with_the_measurement_before():
+    network, batch, args = make(norm_type="none")
+    rates = torch.ones(2, dtype=torch.float64)
+    first, before = script.measure(network, batch, rates, args)
+    assert first["kernel_alignment"].tolist() == pytest.approx([1, 1]) and first["policy_alignment"].eq(1).all()
+    for p in network.parameters():
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    second, after = script.measure(network, batch, rates, args, before)
+    for k in range(2):
+        expected = (before[0][k] * after[0][k]).sum() / (before[0][k].norm() * after[0][k].norm())
+        assert float(second["kernel_alignment"][k]) == pytest.approx(float(expected)) and expected < 0.999
+        assert float(second["policy_alignment"][k]) == float((before[1][k] == after[1][k]).double().mean())
+
+
+def test_measuring_changes_nothing_of_the_network():
+    network, batch, args = make(norm_type="batch_norm")
+    network.train()
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    script.measure(network, batch, torch.ones(2, dtype=torch.float64), args)
+    assert network.training and all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------ network and learning
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_each_copy_computes_what_pytorchs_own_layers_do(norm_type):
+    network, batch, args = make(norm_type=norm_type)
+    network.train()
+    for k in range(2):
+        layers, width = [], 3
+        for i, size in enumerate((5, 4, 4)):
+            linear = nn.Linear(width, size).double()
+            linear.weight.data, linear.bias.data = network.weights[i].data[k], network.biases[i].data[k, 0]
+            if norm_type == "weight_norm" and i < 2:
+                linear = nn.utils.parametrizations.weight_norm(linear)
+                linear.parametrizations.weight.original0.data = network.lengths[i].data[k]
+            norm = nn.LayerNorm(size, elementwise_affine=False) if norm_type == "layer_norm" else nn.Identity()
+            if norm_type == "batch_norm":
+                norm = nn.BatchNorm1d(size, affine=False).double()
+                norm.running_mean.copy_(getattr(network, f"mean_{i}", torch.zeros(2, size))[k])
+                norm.running_var.copy_(getattr(network, f"variance_{i}", torch.ones(2, size))[k])
+            layers += [linear, norm, nn.ReLU()] if i < 2 else [linear]
+            width = size
+        reference, own = nn.Sequential(*layers), network
+        torch.testing.assert_close(own(batch[0])[k], reference(batch[0][k]))
+        if norm_type == "batch_norm":  # its running statistics move alike
+            network, *_ = make(norm_type=norm_type)
+            network.train()(batch[0])
+            torch.testing.assert_close(network.variance_1[k], reference[4].running_var)
+            network, *_ = make(norm_type=norm_type)
+            network.train()
+
+
+def test_given_actions_have_the_values_that_all_actions_have():
+    for action_input in (False, True):
+        network, batch, _ = make(action_input=action_input)
+        expected = network(batch[0]).gather(2, batch[1].unsqueeze(2)).squeeze(2)
+        torch.testing.assert_close(network(batch[0], batch[1]), expected)
+
+
+def test_a_step_follows_the_semi_gradient_and_a_terminated_transition_does_not_bootstrap():
+    network, batch, args = make(copies=1, norm_type="none")
+    rows = literal_gradients(network, batch, 0.9, 0)
+    assert batch[4].any() and not batch[4].all()
+    expected = nn.utils.parameters_to_vector(network.parameters()).detach()
+    expected = expected - 0.1 * sum(delta * q for delta, q, _, _ in rows) / 6
+    optimizer = script.Optimizer(network, torch.tensor([0.1]), args)
+    largest = script.train_step(network, optimizer, batch, 0.9)
+    torch.testing.assert_close(nn.utils.parameters_to_vector(network.parameters()).detach(), expected)
+    values = make(copies=1, norm_type="none")[0](batch[0], batch[1])
+    assert float(largest) == pytest.approx(float(values.abs().max()))
+
+
+@pytest.mark.parametrize("name, reference", [("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW)])
+def test_the_optimizer_is_pytorchs_with_a_rate_for_each_copy(name, reference):
+    rates, decay = (0.1, 0.003), 0.2
+    network, batch, args = make(optimizer=name, weight_decay=decay)
+    optimizer = script.Optimizer(network, torch.tensor(rates, dtype=torch.float64), args)
+    alone = [make()[0] for _ in rates]
+    others = [reference(x.parameters(), lr=rate, weight_decay=decay) for x, rate in zip(alone, rates, strict=True)]
+    for step in range(5):
+        shifted = [batch[0] + step, *batch[1:]]
+        script.train_step(network, optimizer, shifted, 0.9)
+        for x, other in zip(alone, others, strict=True):
+            other.zero_grad()
+            (0.5 * script.td_errors(x, shifted, 0.9)[0].square().mean(1).sum()).backward()
+            other.step()
+    for k, x in enumerate(alone):
+        for own, theirs in zip(network.parameters(), x.parameters(), strict=True):
+            torch.testing.assert_close(own[k], theirs[k])
+
+
+def test_weights_are_clamped_and_a_copy_that_is_not_finite_touches_no_other():
+    network, batch, args = make(copies=3, norm_type="layer_norm", clamp=2.0)
+    alone, *_ = make(copies=3, norm_type="layer_norm", clamp=2.0)
+    rates = torch.tensor([0.1, 0.1, 1e9], dtype=torch.float64)
+    optimizers = [script.Optimizer(x, rates, args) for x in (network, alone)]
+    network.weights[0].data[1] = torch.nan
+    for _ in range(3):
+        for x, optimizer in zip((network, alone), optimizers, strict=True):
+            script.train_step(x, optimizer, batch, 0.9)
+    assert optimizers[0].weights[1].isnan().any()
+    assert torch.equal(optimizers[0].weights[[0, 2]], optimizers[1].weights[[0, 2]])
+    assert float(optimizers[0].weights[2].abs().max()) == 2
+
+
+def test_dropout_is_for_training_alone_and_keeps_the_mean():
+    network, batch, _ = make(dropout=0.5, hidden_sizes=(2000,), norm_type="none")
+    still = network(batch[0])
+    assert torch.equal(still, network(batch[0]))
+    network.train()
+    moving = torch.stack([network(batch[0]) for _ in range(400)])
+    assert (moving[0] - moving[1]).abs().min() > 0
+    torch.testing.assert_close(moving.mean(0), still, atol=0.1, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def test_no_phantom_is_in_the_data_and_a_time_limit_is_no_termination():
+    args = script.Args(env_id="tiny_envs:TimeLimited-v0", num_transitions=200)
+    obs, actions, rewards, next_obs, terminated, truncated = script.collect(args, gym.spaces.Discrete(2), 1)
+    assert len(obs) == 200 and (rewards == 1).all()  # a phantom pays nothing
+    assert ((next_obs - obs) % 6 == 1).all()
+    assert not terminated.any() and (truncated == (next_obs == 5)).all() and truncated.any()
+    ends = script.collect(replace(args, env_id="tiny_envs:Terminating-v0"), gym.spaces.Discrete(2), 1)
+    assert (ends[4] == (ends[3] == 5)).all() and not ends[5].any()
+
+
+@pytest.mark.parametrize("env_id", ["MountainCar-v0", "Pendulum-v1"])
+def test_uniform_states_cover_the_space_and_lead_where_the_environment_leads(env_id):
+    args = script.Args(env_id=env_id, num_transitions=2000, uniform_states=True)
+    action_space = script.spaces(script.make_envs(args, 1, (1,)))[1]
+    obs, actions, rewards, next_obs, terminated, _ = script.collect(args, action_space, 1)
+    velocity, bound = obs[:, -1], {"MountainCar-v0": 0.07, "Pendulum-v1": 8.0}[env_id]
+    assert np.histogram(velocity, 4, (-bound, bound))[0].min() > 400
+    table = script.action_table(action_space, args)
+    if env_id == "MountainCar-v0":
+        moved = np.clip(velocity + (table[actions] - 1) * 0.001 - 0.0025 * np.cos(3 * obs[:, 0]), -0.07, 0.07)
+        at_the_wall = np.clip(obs[:, 0] + moved, -1.2, 0.6) <= -1.2
+        assert terminated.any() and (rewards == -1).all()
+        moved[at_the_wall & (moved < 0)] = 0
+    else:
+        assert table.flatten().tolist() == [-2, 0, 2]
+        moved = np.clip(velocity + (15 * obs[:, 1] + 3 * table[actions].squeeze(1)) * 0.05, -8, 8)
+        np.testing.assert_allclose(obs[:, 0] ** 2 + obs[:, 1] ** 2, 1, atol=1e-6)
+    np.testing.assert_allclose(next_obs[:, -1], moved, atol=1e-5)
+
+
+def test_a_box_of_actions_is_cut_evenly_and_combined():
+    space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 4], np.float32))
+    table = script.action_table(space, script.Args(values_per_action=3))
+    assert sorted(table.tolist()) == [[x, y] for x in (-1, 0, 1) for y in (0, 2, 4)]
+    assert script.action_table(gym.spaces.Discrete(3, start=7), script.Args()).tolist() == [7, 8, 9]
+
+
+def test_seeds_have_their_own_data_and_minibatches_and_learning_rates_of_a_seed_share_them():
+    args = script.Args(**SMALL)
+    _, _, data, starts = script.make_data(args, range(5, 7))
+    alone = script.make_data(replace(args, seed=6, num_seeds=1), range(6, 7))[2]
+    assert starts == [0, 60] and all(torch.equal(x[60:], y) for x, y in zip(data, alone, strict=True))
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    obs, *_ = next(script.minibatches(data, starts, generators, args, 1))
+    assert obs.shape == (4, 16, 4) and torch.equal(obs[:2], obs[2:]) and not torch.equal(obs[0], obs[1])
+    for seed, rows in zip((5, 6), (data[0][:60], data[0][60:]), strict=True):
+        drawn = torch.randint(60, (1, 16), generator=torch.Generator().manual_seed(seed))[0]
+        assert torch.equal(obs[seed - 5], rows[drawn])
+    measured = script.measuring_batch(data, starts, generators, replace(args, measure_batch=60))
+    assert all(
+        len(x.unique(dim=0)) == len(y.unique(dim=0)) for x, y in zip(measured[0][:2], data[0].split(60), strict=True)
+    )
+
+
+def test_the_toy_task_is_a_plane_with_eight_moves_of_a_hundredth():
+    _, action_space, data, _ = script.make_data(script.Args(env_id="toy", num_transitions=500), range(1, 2))
+    obs, actions, rewards, next_obs, terminated, truncated = data
+    moves = {tuple(x) for x in (100 * (next_obs - obs)).round().int().tolist()}
+    assert len(moves) == 8 and (0, 0) not in moves and action_space.n == 8
+    assert all(
+        len({tuple(x) for x in (100 * (next_obs - obs))[actions == a].round().int().tolist()}) == 1 for a in range(8)
+    )
+    assert not rewards.any() and not terminated.any() and not truncated.any()
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def train(**options):
+    """The folder of a run, its checkpoint and, for each row of its measures.csv, a dictionary."""
+    args = script.Args(**SMALL | options)
+    before = set(Path("runs").glob("*"))
+    script.main(args)
+    (folder,) = set(Path("runs").glob("*")) - before or {Path(args.resume)}
+    with open(folder / "measures.csv", newline="") as file:
+        return folder, torch.load(folder / "checkpoint.pt", weights_only=True), list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_copies_that_train_together_are_those_that_train_alone(norm_type):
+    _, together, rows = train(norm_type=norm_type)
+    for i, (rate, seed) in enumerate([(0.01, 1), (0.01, 2), (0.001, 1), (0.001, 2)]):
+        _, alone, own = train(norm_type=norm_type, learning_rate=(rate,), num_seeds=1, seed=seed)
+        for name, x in alone["copies"].items():
+            torch.testing.assert_close(together["copies"][name][i], x[0], rtol=1e-5, atol=1e-6)
+        mine = [row for row in rows if (float(row["learning_rate"]), float(row["seed"])) == (rate, seed)]
+        for name in ("loss", "gi2", "seem", "norm", "iso"):
+            assert [float(r[name]) for r in mine] == pytest.approx([float(r[name]) for r in own], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3, "optimizer": "adam"}, {"norm_type": "batch_norm"}], ids=str)
+def test_a_resumed_run_makes_the_same_bits_as_one_that_was_never_stopped(options):
+    _, whole, rows = train(**options)
+    folder, *_ = train(**options, gradient_steps=4)
+    _, resumed, again = train(**options, resume=str(folder))
+    assert all(torch.equal(x, resumed["copies"][name]) for name, x in whole["copies"].items())
+    assert {**rows[-1], "return": ""} == {**again[-1], "return": ""} and len(rows) == len(again)
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    runs = [train(seed=seed)[1]["copies"] for seed in (1, 1, 3)]
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+    assert not torch.equal(runs[0]["weights.0"], runs[2]["weights.0"])
+
+
+def test_a_divergence_is_dated_by_the_step_whose_minibatch_showed_it():
+    _, _, rows = train(learning_rate=(1e5, 1e-4), norm_type="none", num_seeds=1, limit=1e3)
+    at = {float(r["learning_rate"]): float(r["diverged_at"]) for r in rows[-2:]}
+    assert at == {1e5: 2, 1e-4: -1}  # the first step moves the weights, the second one sees it
+
+
+def test_play_plays_the_copy_with_the_best_last_return(capsys):
+    folder, checkpoint, rows = train()
+    best = max(rows[-4:], key=lambda row: float(row["return"]))
+    i = rows[-4:].index(best)
+    assert all(torch.equal(x[0], checkpoint["copies"][name][i]) for name, x in checkpoint["network"].items())
+    assert checkpoint["eval_returns"][-1] == float(best["return"])
+    returns = play.main(play.Args(run_folder=str(folder), episodes=3))
+    assert len(returns) == 3 and (returns >= 8).all()
+
+
+def test_evaluation_reports_the_return_of_each_copys_own_first_episodes():
+    args = script.Args(env_id="tiny_envs:Terminating-v0", num_eval_envs=3, hidden_sizes=(4,))
+    network = script.QNetwork(gym.spaces.Discrete(6), gym.spaces.Discrete(2), args, copies=2)
+    assert script.evaluate(network, args, 0, torch.device("cpu")).tolist() == [5, 5]
+    endless = replace(args, env_id="tiny_envs:BadReward-v0", max_eval_steps=20)
+    assert script.evaluate(network, endless, 0, torch.device("cpu")).tolist() == [20, 20]
+
+
+def save_dataset(path="data.npz", **changes):
+    random = np.random.default_rng(0)
+    arrays = {"observations": random.normal(size=(40, 4)), "actions": random.integers(2, size=40)}
+    arrays |= {"rewards": random.normal(size=40), "next_observations": random.normal(size=(40, 4))}
+    arrays |= {"terminated": random.random(40) < 0.2, "truncated": random.random(40) < 0.2} | changes
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    return arrays
+
+
+def test_a_users_data_set_is_what_every_seed_trains_on():
+    arrays = save_dataset()
+    _, _, data, starts = script.make_data(script.Args(dataset="data.npz", num_seeds=2), range(1, 3))
+    assert starts == [0, 0]
+    for x, name in zip(data, arrays, strict=True):
+        np.testing.assert_allclose(x.numpy(), arrays[name], rtol=1e-6)
+    _, checkpoint, _ = train(dataset="data.npz")
+    assert checkpoint["step"] == 8
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """The one line in which the script refuses its command line, with exit code 2 and nothing new on the disk."""
+
+    def refusal(*options):
+        capsys.readouterr()
+        before = set(Path().rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["offline_dqn.py", *map(str, options)])
+        with pytest.raises(SystemExit) as exit:
+            script.main(script.parse_args())
+        output = capsys.readouterr()
+        assert exit.value.code == 2 and output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert output.out == "" and set(Path().rglob("*")) == before
+        return output.err
+
+    return refusal
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--learning-rate 0.1 0", "--learning-rate"),
+        ("--learning-rate nan", "--learning-rate"),
+        ("--gamma 1.5", "--gamma"),
+        ("--dropout 1", "--dropout"),
+        ("--measure-batch 1", "--measure-batch"),
+        ("--values-per-action 1", "--values-per-action"),
+        ("--hidden-sizes 8 0", "--hidden-sizes"),
+        ("--measure-interval 300", "--measure-interval"),
+        ("--uniform-states", "--uniform-states"),
+        ("--norm-type batch_norm --batch-size 1", "batch norm"),
+        ("--env-id Nothing-v0", "Nothing"),
+        ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
+        ("--env-id tiny_envs:Scalar-v0 --device nowhere", "nowhere"),
+        ("--env-id HalfCheetah-v5 --values-per-action 10", "10,000"),
+        ("--resume nothing", "nothing"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, named, refusal):
+    assert named in refusal(*options.split())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rewards": None}, "has no rewards"),
+        ({"rewards": np.zeros(39)}, "rewards"),
+        ({"observations": np.zeros((40, 3))}, "observations"),
+        ({"next_observations": np.full((40, 4), np.nan)}, "next_observations"),
+        ({"actions": np.full(40, 2)}, "actions"),
+        ({"actions": np.full(40, 0.5)}, "actions"),
+        ({"actions": np.zeros(0)}, "observations"),
+        ({"terminated": np.array(["no"] * 40)}, "terminated"),
+    ],
+    ids=str,
+)
+def test_a_bad_data_set_is_refused_by_name(changes, words, refusal):
+    save_dataset(**changes)
+    assert words in (line := refusal("--dataset", "data.npz")) and "data.npz" in line
+
+
+def test_a_file_that_is_no_data_set_is_refused(refusal):
+    Path("data.npz").write_text("no")
+    assert "data.npz" in refusal("--dataset", "data.npz")
+    assert "missing.npz" in refusal("--dataset", "missing.npz")
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_over_is_refused(refusal):
+    folder, *_ = train()
+    assert "adds none" in refusal("--resume", folder)
+    assert "not of Acrobot-v1" in refusal("--resume", folder, "--env-id", "Acrobot-v1")
+    assert "another network" in refusal("--resume", folder, "--hidden-sizes", "9", "--gradient-steps", "12")
+    (folder / "checkpoint.pt").write_bytes(b"x")
+    assert "broken" in refusal("--resume", folder)
+
+
+def test_the_command_runs_in_a_process_of_its_own_and_is_played():
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = "--env-id CartPole-v1 --num-transitions 200 --gradient-steps 20 --measure-interval 10 --eval-interval 20"
+    words = [sys.executable, ROOT / "offline_dqn.py", *command.split(), "--learning-rate", "0.01", "--num-seeds", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "learning rate 0.01: return" in done.stdout and "play.py runs/" in done.stdout
