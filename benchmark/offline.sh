@@ -14,7 +14,7 @@ run() {  # what is made of the run, the set it is added to, the name of the vari
   local kind=$1 set=$2 variant=$3 folder
   shift 3
   echo "$set $variant: python offline_dqn.py $*"
-  folder=$(python offline_dqn.py "$@" | tee /dev/stderr | sed -n '1s/: .*//p')
+  folder=$(python offline_dqn.py "$@" | tee >(cat >&2) | sed -n "1s/: .*//p")
   python benchmark/offline.py "$kind" "$folder" "$results/$set.csv" "$variant"
 }
 
