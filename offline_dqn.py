@@ -5,8 +5,8 @@ what two papers explain their divergence with; equation numbers name the paper:
     003  "How Does Layer Normalization Improve Deep Q-learning?": gradient interference, isometry
     004  "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL" (Yue et al., NeurIPS 2023):
          the self-excite eigenvalue measure (SEEM) of the neural tangent kernel; the step at which training must crash
-Every learning rate with every seed is a copy, and all copies train as one network with a leading dimension K. What is
-measured of each stands in measures.csv in the run's folder. The file ends with main(); bookkeeping follows.
+Every learning rate with every seed is a copy, and all copies train as one network with a leading dimension K; their
+measurements are in measures.csv in the run's folder. The algorithm ends with main(); bookkeeping follows.
 
     python offline_dqn.py --env-id CartPole-v1 --norm-type layer_norm
     python offline_dqn.py --env-id Pendulum-v1 --uniform-states --norm-type none --learning-rate 0.01 0.001
@@ -22,7 +22,6 @@ import io
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -49,9 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
-Positives = Annotated[
-    tuple[float, ...], "positive and below 1e30, at least one", lambda x: len(x) > 0 and all(0 < y < 1e30 for y in x)
-]
+Rates = Annotated[tuple[float, ...], "positive, and at least one", lambda x: x and all(0 < y < 1e30 for y in x)]
 
 
 @dataclass
@@ -63,29 +60,25 @@ class Args:
     num_seeds: Count = 3  # copies of each learning rate
     device: str = "auto"  # any torch device; "auto" takes CUDA when present
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
-
     dataset: str | None = None  # train on the transitions in this .npz file, whose layout load_dataset() tells
     num_transitions: Count = 10_000  # transitions that are collected otherwise, for each seed
     uniform_states: bool = False  # each of them starts in a state drawn uniformly (MountainCar-v0, Pendulum-v1)
     # a Box action space is cut into so many even values in each dimension, and all their combinations are the actions
     values_per_action: Annotated[int, "at least 2", lambda x: x >= 2] = 3
-
     # learning rates, each a copy of every seed; the default are the nine of 003's Table 1
-    learning_rate: Positives = (0.1, 10**-1.5, 0.01, 10**-2.5, 0.001, 10**-3.5, 1e-4, 10**-4.5, 1e-5)
+    learning_rate: Rates = (0.1, 10**-1.5, 0.01, 10**-2.5, 0.001, 10**-3.5, 1e-4, 10**-4.5, 1e-5)
     optimizer: Literal["sgd", "adam"] = "sgd"  # without momentum; with the usual β of 0.9 and 0.999
     batch_size: Count = 128  # transitions in a minibatch; at least as many as there are: all of them in every step
     gamma: Share = 0.99  # discount factor γ
     weight_decay: Share = 0.0  # every step shrinks the weights by this times the learning rate, as AdamW does
     clamp: Positive = 1e6  # weights are kept within ± this (003, Appendix G)
     limit: Positive = 1e6  # a copy has diverged when a |Q| in its minibatch exceeds this (004, Fig. 3)
-
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (128,)
     # of each hidden layer, before its ReLU and without learned scale or shift (weight norm learns its length g)
     norm_type: Literal["layer_norm", "batch_norm", "weight_norm", "none"] = "layer_norm"
     dropout: Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1] = 0.0  # share of hidden units left out in training
     action_input: bool = False  # the action is an input of the network (004, §2), not one of its outputs (003, §2)
-
     measure_interval: Count = 1_000  # gradient steps between two measurements
     measure_batch: Annotated[int, "at least 2", lambda x: x >= 2] = 128  # transitions of each seed that they take
     eval_interval: Count = 5_000  # gradient steps between two evaluations; a multiple of --measure-interval
@@ -112,10 +105,9 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
         fail(f"cannot make {args.env_id}: {error}")
     vector = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1
-    if not vector and not isinstance(action_space, gym.spaces.Discrete):
-        fail(f"{args.env_id} has {action_space} actions: Discrete ones or a bounded vector are needed")
-    if vector and args.values_per_action ** action_space.shape[0] > 10_000:
-        fail(f"--values-per-action {args.values_per_action} makes more than 10,000 actions of {action_space}")
+    few = args.values_per_action ** action_space.shape[0] <= 10_000 if vector else False
+    if not few and not isinstance(action_space, gym.spaces.Discrete):
+        fail(f"{args.env_id} has {action_space} actions: Discrete ones are needed, or at most 10,000 combinations")
     if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: Box or Discrete ones are needed, and not empty")
     if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
@@ -131,6 +123,8 @@ def spaces(envs):
 
 def action_table(action_space, args: Args):
     """What the environment is told for each action: (A,) or (A, dimensions)."""
+    if args.env_id == "toy":  # moves on a plane
+        return np.array([(0.01 * x, 0.01 * y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y], dtype=np.float32)
     if isinstance(action_space, gym.spaces.Discrete):
         return action_space.start + np.arange(action_space.n, dtype=np.int32)
     values = np.linspace(action_space.low, action_space.high, args.values_per_action, dtype=np.float32)
@@ -148,8 +142,7 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, epsilon):
-        """One step; the (environment, return, length) of the episodes that ended in it, last in a tuple as play.py
-        wants them. There is no exploration: `epsilon` is 0."""
+        """One greedy step, whatever `epsilon` is; (environment, return, length) of the episodes it ended."""
         values = self.network(self.obs.unflatten(0, (self.network.copies, -1)))
         actions = self.table[values.argmax(2).flatten().cpu().numpy()]
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
@@ -171,39 +164,35 @@ def evaluate(network, args: Args, step, device):
     returns = np.full(len(collector.obs), np.nan)
     for _ in range(args.max_eval_steps):
         for i, episode_return, _ in collector.collect(epsilon=0.0)[-1]:
-            if np.isnan(returns[i]):  # only its first episode: quick ones do not count more often
-                returns[i] = episode_return
+            returns[i] = episode_return if np.isnan(returns[i]) else returns[i]  # quick ones do not count more often
         if not np.isnan(returns).any():
             break
     return np.where(np.isnan(returns), collector.returns, returns).reshape(network.copies, -1).mean(1)
 
 
 # -------------------------------------------------------------------------------------------------------- data
-def make_data(args: Args, seeds):
-    """Observation and action space; the transitions of all seeds in one list of tensors, and in which row those of each
-    seed begin. A --dataset is shared by all seeds."""
+def make_data(args: Args, seeds, device):
+    """Observation and action space, and the transitions of every seed: tensors of (S, M, ...)."""
     if args.env_id == "toy":
         observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(8)
     else:
         observation_space, action_space = spaces(make_envs(args, 1, (args.seed,)))
-    if args.dataset is not None:
-        parts, starts = [load_dataset(args, observation_space, action_space)], [0] * len(seeds)
+    if args.dataset is not None:  # which all seeds share
+        parts = [load_dataset(args, observation_space, action_space)] * len(seeds)
     else:
         parts = [collect(args, action_space, seed) for seed in seeds]
-        starts = [i * args.num_transitions for i in range(len(seeds))]
     types = torch.float32, torch.int64, torch.float32, torch.float32, torch.bool, torch.bool
-    arrays = [np.concatenate(x) for x in zip(*parts, strict=True)]
-    data = [torch.from_numpy(x).to(dtype) for x, dtype in zip(arrays, types, strict=True)]
-    return observation_space, action_space, data, starts
+    data = [torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)]
+    return observation_space, action_space, [x.to(device, dtype) for x, dtype in zip(data, types, strict=True)]
 
 
 def collect(args: Args, action_space, seed):
     """--num-transitions with uniformly random actions, as load_dataset() lists them. EnvPool and Gymnasium reset on the
     step *after* an episode's end: that phantom step, whose action is ignored, is left out."""
     random, table, M = np.random.default_rng((seed, 1)), action_table(action_space, args), args.num_transitions
-    if args.env_id == "toy":  # a plane, moves of 0.01 in eight directions, no reward and no end (004, Appendix E)
+    if args.env_id == "toy":  # no reward, no end (004, Appendix E)
         obs, actions, none = random.standard_normal((M, 2)), random.integers(8, size=M), np.zeros(M)
-        return obs, actions, none, obs + 0.01 * toy_directions()[actions], none, none
+        return obs, actions, none, obs + table[actions], none, none
     if args.uniform_states:
         return collect_uniformly(args.env_id, random.integers(len(table), size=M), table, random)
     envs = make_envs(args, 10, (seed, 2))
@@ -219,8 +208,7 @@ def collect(args: Args, action_space, seed):
 
 def collect_uniformly(env_id, actions, table, random):
     """The same, where each transition starts in a state of its own, drawn uniformly (003, Appendix G)."""
-    high = np.array({"MountainCar-v0": (0.6, 0.07), "Pendulum-v1": (math.pi, 8.0)}[env_id])
-    low = np.array((-1.2, -0.07)) if env_id == "MountainCar-v0" else -high
+    low, high = ((-1.2, -0.07), (0.6, 0.07)) if env_id == "MountainCar-v0" else ((-math.pi, -8), (math.pi, 8))
     env, kept = gym.make(env_id).unwrapped, []
     env.reset()
     for action, state in zip(actions, random.uniform(low, high, (len(actions), 2)), strict=True):
@@ -229,10 +217,6 @@ def collect_uniformly(env_id, actions, table, random):
         next_obs, reward, terminated, truncated, _ = env.step(table[action])
         kept.append((obs, action, reward, next_obs, terminated, truncated))
     return [np.array(x) for x in zip(*kept, strict=True)]
-
-
-def toy_directions():
-    return np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y], dtype=np.float32)
 
 
 def load_dataset(args: Args, observation_space, action_space):
@@ -244,47 +228,43 @@ def load_dataset(args: Args, observation_space, action_space):
     terminated, truncated              (M,) true where the episode ended in the next observation, or was cut short there
     """
     names = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
+    table, refuse = action_table(action_space, args), lambda words: fail(f"--dataset {args.dataset}: {words}")
     try:
         with np.load(args.dataset) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:
-        fail(f"cannot read --dataset {args.dataset}: {error}")
+        refuse(error)
     if missing := [name for name in names if name not in arrays]:
-        fail(f"--dataset {args.dataset} has no {', '.join(missing)}")
-    M, A = len(np.atleast_1d(arrays["actions"])), len(action_table(action_space, args))
+        refuse(f"{', '.join(missing)} not in it")
+    M = len(np.atleast_1d(arrays["actions"]))
     for name in names:
         array, shape = arrays[name], (M, *(observation_space.shape if "observations" in name else ()))
         if array.shape != shape or M == 0:
-            fail(f"{name} in --dataset {args.dataset} must have the shape {shape}, not {array.shape}")
+            refuse(f"{name} must have the shape {shape}, not {array.shape}")
         if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-            fail(f"{name} in --dataset {args.dataset} has values that are not finite numbers")
-    if not np.isin(arrays["actions"], np.arange(A)).all():
-        fail(f"actions in --dataset {args.dataset} must be whole numbers from 0 to {A - 1}")
+            refuse(f"{name} has values that are not finite numbers")
+    if not np.isin(arrays["actions"], np.arange(len(table))).all():
+        refuse(f"actions must be whole numbers from 0 to {len(table) - 1}")
     return [arrays[name] for name in names]
 
 
-def minibatches(data, starts, generators, args: Args, number):
-    """Minibatches of (observations, actions, rewards, next observations, terminated), each (K, n, ...), drawn with
-    replacement. Each seed draws its own; its copies, which differ in their learning rate, share them."""
-    M = len(data[0]) - starts[-1]
+def minibatches(data, generators, args: Args, number):
+    """Minibatches of every copy, drawn with replacement by the generator of its seed."""
+    M = data[0].shape[1]
     if args.batch_size < M:
         rows = [torch.randint(M, (number, args.batch_size), generator=generator) for generator in generators]
     else:
         rows = [torch.arange(M).expand(number, M)] * len(generators)
-    for one in torch.stack([x + start for x, start in zip(rows, starts, strict=True)], 1):
+    for one in torch.stack(rows, 1):
         yield take(data, one, args)
 
 
-def measuring_batch(data, starts, generators, args: Args):
-    """--measure-batch transitions of each seed, no two of them the same one."""
-    rows = [torch.randperm(len(data[0]) - starts[-1], generator=x)[: args.measure_batch] for x in generators]
-    return take(data, torch.stack([x + start for x, start in zip(rows, starts, strict=True)]), args)
-
-
 def take(data, rows, args: Args):
-    """The transitions in these rows, (S, n), for every learning rate."""
-    rows = rows.to(data[0].device).repeat(len(args.learning_rate), 1)
-    return [x[rows] for x in data[:5]]
+    """Rows (S, n) of the seeds' observations, actions, rewards, next observations and terminated, for each copy: (K, n,
+    ...). Copy i has the learning rate i // S and the seed i % S."""
+    rows, device = rows.repeat(len(args.learning_rate), 1), data[0].device
+    seeds = torch.arange(len(rows)).unsqueeze(1) % args.num_seeds
+    return [x[seeds.to(device), rows.to(device)] for x in data[:5]]
 
 
 # ----------------------------------------------------------------------------------------------------- network
@@ -298,12 +278,10 @@ class QNetwork(nn.Module):
         self.first = int(observation_space.start) if self.discrete else 0
         self.inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
         table = action_table(action_space, args)
-        described = None  # each action as an input, (A, dimensions); of the toy task, see the page of its results
+        described = None  # what the network is shown of each action; of the toy task not in units of 0.01 but 10
         if args.action_input:
-            described = (
-                10 * toy_directions() if args.env_id == "toy" else table if table.ndim == 2 else np.eye(len(table))
-            )
-            described = torch.as_tensor(described, dtype=torch.float32)
+            described = torch.as_tensor(table if table.ndim == 2 else np.eye(len(table)), dtype=torch.float32)
+            described *= 1000 if args.env_id == "toy" else 1
         self.register_buffer("described", described, persistent=False)
         sizes = [self.inputs, *args.hidden_sizes, len(table)]
         if args.action_input:
@@ -313,8 +291,8 @@ class QNetwork(nn.Module):
         self.biases = make((1, size) for size in sizes[1:])
         self.lengths = make((size, 1) for size in args.hidden_sizes if args.norm_type == "weight_norm")
         for i, size in enumerate(args.hidden_sizes if args.norm_type == "batch_norm" else ()):
-            self.register_buffer(f"mean_{i}", torch.zeros(copies, size))
-            self.register_buffer(f"variance_{i}", torch.ones(copies, size))
+            self.register_buffer(f"mean_{i}", torch.zeros(copies, 1, size))
+            self.register_buffer(f"variance_{i}", torch.ones(copies, 1, size))
 
     def initialise(self, generators):
         """PyTorch's default for linear layers, by one generator for each seed; the same for all learning rates."""
@@ -327,8 +305,8 @@ class QNetwork(nn.Module):
             length.data = weight.data.norm(dim=2, keepdim=True)
 
     def forward(self, obs, actions=None, layers=None):
-        """The values of all actions, (K, n, A), or of the given ones, (K, n). If `layers` is a list, it receives of each
-        linear layer the input, the output and, under weight norm, g/‖v‖ and v/‖v‖ of the rows of W."""
+        """The values of all actions, (K, n, A), or of the given ones, (K, n). A list `layers` receives of each linear
+        layer the input, the output and, under weight norm, g/‖v‖ and v/‖v‖ of the rows of W."""
         if self.discrete:
             obs = F.one_hot(obs.long() - self.first, self.inputs)
         x = obs.flatten(2).to(self.biases[0].dtype)
@@ -346,22 +324,24 @@ class QNetwork(nn.Module):
             if layers is not None:
                 layers.append((x, y, scale, direction))
             if i + 1 < len(self.weights):
-                x = F.relu(self.normalise(y, i))
+                if self.norm_type == "layer_norm":
+                    y = F.layer_norm(y, y.shape[2:])  # 003, Eq. 2
+                x = F.relu(self.batch_norm(y, i) if self.norm_type == "batch_norm" else y)
                 if self.dropout and self.training:  # drawn on the host, alike for every device
                     x = x * (torch.rand(x.shape) >= self.dropout).to(x) / (1 - self.dropout)
         if self.described is not None:
             return y.view(K, n, -1) if actions is None else y.squeeze(2)
         return y if actions is None else y.gather(2, actions.unsqueeze(2)).squeeze(2)
 
-    def normalise(self, y, i):
-        if self.norm_type == "layer_norm":
-            return F.layer_norm(y, y.shape[2:])  # 003, Eq. 2
-        if self.norm_type != "batch_norm":
-            return y
-        # In training over the minibatch, s and s' apart, as in PyTorch's own layer
-        statistics = [getattr(self, f"{name}_{i}").view(-1) for name in ("mean", "variance")]
-        flat = F.batch_norm(y.transpose(0, 1).flatten(1), *statistics, training=self.training)
-        return flat.unflatten(1, (self.copies, -1)).transpose(0, 1)
+    def batch_norm(self, y, i):
+        """As in PyTorch's own layer: in training by the minibatch's statistics, of s and of s' apart."""
+        mean, variance = getattr(self, f"mean_{i}"), getattr(self, f"variance_{i}")
+        if self.training:
+            running, n = (mean, variance), y.shape[1]
+            mean = y.mean(1, keepdim=True)
+            variance = (y - mean).square().mean(1, keepdim=True)
+            running[0].lerp_(mean.detach(), 0.1), running[1].lerp_(variance.detach() * n / (n - 1), 0.1)
+        return (y - mean) * torch.rsqrt(variance + 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -414,36 +394,28 @@ class Optimizer:
 
 # ------------------------------------------------------------------------------------------------- instruments
 def gram_matrix(network, obs, actions):
-    """G_ij = ⟨∇Q(x_i), ∇Q(x_j)⟩ over all parameters (004, §2) of each copy, (K, n, n), and the last hidden layer.
+    """G_ij = ⟨∇Q(x_i), ∇Q(x_j)⟩ over all parameters of each copy (004, §2), (K, n, n); and the last hidden layer.
 
-    In a linear layer with input a_i and output y_i, the gradient of W is b_i a_iᵀ and that of the bias b_i, where
-    b_i = ∂Q(x_i)/∂y_i. So G is the sum of (A Aᵀ + 1) ∘ (B Bᵀ) over the layers, and one backward pass gives every B, as
-    long as no sample depends on another: batch norm has its running statistics here. With W = g v/‖v‖ for each row, the
-    gradient of g is b_i (v̂ᵀa_i), and that of v is g/‖v‖ times what b_i a_iᵀ leaves at right angles to v̂.
-    """
+    Where a linear layer has input a_i and output y_i, and b_i = ∂Q(x_i)/∂y_i, the gradient of W is b_i a_iᵀ and that of
+    the bias b_i: G sums (A Aᵀ + 1) ∘ (B Bᵀ) over the layers. One backward pass gives every B, as no sample depends on
+    another; batch norm has its running statistics here. Where W = g v/‖v‖, the gradient of g is b_i v̂ᵀa_i, and that of
+    v is g/‖v‖ times what of b_i a_iᵀ is at right angles to v̂."""
     layers = []
     total = network(obs, actions, layers).sum()
     gram = 0
     for (a, _, scale, direction), b in zip(layers, torch.autograd.grad(total, [x[1] for x in layers]), strict=True):
-        if scale is None:
-            gram = gram + (a @ a.mT + 1) * (b @ b.mT)
-        else:
-            squared, along = scale.mT.square(), b * (a @ direction.mT)
-            gram = gram + (a @ a.mT) * ((b * squared) @ b.mT) + b @ b.mT + (along * (1 - squared)) @ along.mT
+        squared, along = (1, 0 * b) if scale is None else (scale.mT.square(), b * (a @ direction.mT))
+        gram = gram + (a @ a.mT) * ((b * squared) @ b.mT) + b @ b.mT + (along * (1 - squared)) @ along.mT
     return gram.detach(), layers[-1][0].detach()
 
 
 def interference(gram, errors, discount, learning_rates):
-    """Gradient interference (003) of n transitions, each (K,), from the Gram matrix of their (s, a) followed by their
-    (s', greedy a'). With the semi-gradient g_i = Δ_i ∇Q_i, the full gradient f_j = Δ_j ∇h_j of the loss
-    Δ²/2, h = Q(s, a) − γ max Q(s', ·), and the learning rate η:
-
+    """Gradient interference (003) of n transitions, each (K,). `gram` is of their (s, a) and then (s', greedy a').
+    With the errors Δ, the learning rate η, h = Q(s, a) − γ max Q(s', ·), g_i = Δ_i ∇Q_i and f_j = Δ_j ∇h_j,
         QGI₊ = mean |cos(∇Q_i, ∇Q_j)| over i ≠ j    (Eq. 6)        MGI = mean cos(g_i, f_j)    (Eq. 9)
         SGI = mean cos(g_i, g_j)                    (Eq. 8)        DGI = mean ⟨g_i, f_j⟩       (Appendix F)
         GI₂ = 2η DGI − η² mean ⟨g_i, f_j⟩² / Δ_j²   (Eq. 11)
-
-    GI₂ is the loss Δ_j² that a step on transition i alone takes from transition j, exactly so where Q is linear.
-    """
+    GI₂ is the loss Δ_j² that a step on transition i alone takes from transition j, exactly so where Q is linear."""
     n = errors.shape[1]
     own, cross, following = gram[:, :n, :n], gram[:, :n, n:], gram[:, n:, n:].diagonal(dim1=1, dim2=2)
     mixed = own - cross * discount.unsqueeze(1)  # ⟨∇Q_i, ∇h_j⟩
@@ -452,17 +424,11 @@ def interference(gram, errors, discount, learning_rates):
     length, full_length = squared.sqrt().unsqueeze(2), full.clamp(min=0).sqrt().unsqueeze(1)
     cosines = (own / (length * length.mT)).nan_to_num(0)  # 0 where a gradient is: a network may be dead
     mixed_cosines = (mixed / (length * full_length)).nan_to_num(0)
-    signs = errors.sign().unsqueeze(2) * errors.sign().unsqueeze(1)
-    mean = lambda x: x.mean((1, 2))
-    dgi = mean(errors.unsqueeze(2) * errors.unsqueeze(1) * mixed)
-    second = mean((errors.unsqueeze(2) * mixed).square())
-    return {
-        "qgi": (cosines.abs().sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1)),
-        "sgi": mean(signs * cosines),
-        "mgi": mean(signs * mixed_cosines),
-        "dgi": dgi,
-        "gi2": 2 * learning_rates * dgi - learning_rates.square() * second,
-    }
+    products, mean = errors.unsqueeze(2) * errors.unsqueeze(1), lambda x: x.mean((1, 2))
+    qgi = (cosines.abs().sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
+    dgi, second = mean(products * mixed), mean((errors.unsqueeze(2) * mixed).square())
+    found = {"qgi": qgi, "sgi": mean(products.sign() * cosines), "mgi": mean(products.sign() * mixed_cosines)}
+    return found | {"dgi": dgi, "gi2": 2 * learning_rates * dgi - learning_rates.square() * second}
 
 
 def seem(gram, discount):
@@ -479,9 +445,8 @@ def isometry(features, k):
     """ISO_k (003, Appendix C): the mean of det(G)^{1/k} / (tr(G)/k) over sets of k samples, G their inner products.
     It is 1 where they are orthogonal and of one length, and 0 where they are linearly dependent."""
     sets = features[:, : features.shape[1] // k * k].unflatten(1, (-1, k))
-    products = sets @ sets.mT
-    trace = products.diagonal(dim1=2, dim2=3).sum(2)
-    return ((torch.linalg.slogdet(products).logabsdet / k).exp() / (trace / k)).nan_to_num(0, 0, 0).mean(1)
+    volume = (torch.linalg.slogdet(sets @ sets.mT).logabsdet / k).exp()
+    return (volume / (sets.square().sum((2, 3)) / k)).nan_to_num(0, 0, 0).mean(1)
 
 
 def predicted_crash(steps, errors, depth):
@@ -522,16 +487,14 @@ def main(args: Args):
     if step >= args.gradient_steps:
         fail(f"the run has made {step} gradient steps already: --gradient-steps {args.gradient_steps} adds none")
     seeds = range(args.seed, args.seed + args.num_seeds)
-    observation_space, action_space, data, starts = make_data(args, seeds)
-    data = [x.to(device) for x in data]
-    # Copy i has learning rate i // num_seeds and seed i % num_seeds
+    observation_space, action_space, data = make_data(args, seeds, device)
     learning_rates = torch.tensor(args.learning_rate, dtype=torch.float64).repeat_interleave(args.num_seeds).to(device)
     network = QNetwork(observation_space, action_space, args, copies=len(learning_rates))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    network.initialise(generators)
+    network.initialise(generators := [torch.Generator().manual_seed(seed) for seed in seeds])
     optimizer = Optimizer(network.to(device), learning_rates, args)
     torch.manual_seed(args.seed)  # of dropout
-    measured = measuring_batch(data, starts, generators, args)
+    rows = [torch.randperm(data[0].shape[1], generator=x)[: args.measure_batch] for x in generators]
+    measured = take(data, torch.stack(rows), args)
     diverged_at = torch.full(learning_rates.shape, -1, device=device)
     if checkpoint:
         restore(checkpoint, network, optimizer, generators, diverged_at)
@@ -546,19 +509,14 @@ def main(args: Args):
         while step < args.gradient_steps and not run.stopped:
             # Learn
             network.train()
-            for batch in minibatches(data, starts, generators, args, args.measure_interval):
+            for batch in minibatches(data, generators, args, args.measure_interval):
                 largest = train_step(network, optimizer, batch, args.gamma)
                 step += 1
                 diverged_at = torch.where((diverged_at < 0) & ~(largest <= args.limit), step, diverged_at)
-
-            # Measure
+            # Measure, evaluate, log
             measures, before = measure(network, measured, learning_rates, args, before)
-
-            # Evaluate
             over = step >= args.gradient_steps
             returns = evaluate(network, args, step, device) if over or step % args.eval_interval == 0 else None
-
-            # Log
             run.log(step, learning_rates, measures, diverged_at, returns)
 
             # Checkpoint
@@ -594,7 +552,7 @@ def check(args: Args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    if args.uniform_states and args.env_id not in ("MountainCar-v0", "Pendulum-v1", "toy"):
+    if args.uniform_states and args.env_id not in ("MountainCar-v0", "Pendulum-v1"):
         fail(f"--uniform-states knows the states of MountainCar-v0 and Pendulum-v1, not those of {args.env_id}")
     if args.eval_interval % args.measure_interval or args.gradient_steps % args.measure_interval:
         fail("--measure-interval must divide --eval-interval and --gradient-steps")
@@ -649,7 +607,7 @@ class Run:
     def __init__(self, args: Args, weights, checkpoint):
         self.args, self.first_step, self.live = args, checkpoint["step"] if checkpoint else 0, sys.stdout.isatty()
         # What stands in measures.csv: its columns, and (K, columns) for each measurement
-        self.columns, self.table = ((), []) if not checkpoint else (checkpoint["columns"], [*checkpoint["table"]])
+        self.columns, self.table = (checkpoint["columns"], checkpoint["table"]) if checkpoint else ([], [])
         self.stopped = 0  # the last signal
         self.started = self.shown = time.monotonic()
         name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
@@ -673,16 +631,14 @@ class Run:
         return torch.stack(self.table)[:, :, self.columns.index(name)]
 
     def log(self, step, learning_rates, measures, diverged_at, returns):
-        """A row of measures.csv for every copy; a point of every curve for every learning rate, the mean over its seeds;
-        and the progress line. The crash is foreseen from the last ten measurements."""
-        S = self.args.num_seeds
-        seeds = torch.arange(len(learning_rates)) % S + self.args.seed
-        values = {"learning_rate": learning_rates, "seed": seeds, "step": step, "diverged_at": diverged_at}
-        values |= {"return": math.nan if returns is None else returns, **measures, "crash": math.nan}
-        self.columns = list(values)
-        self.table.append(
-            torch.stack([torch.as_tensor(x).cpu().double().expand(len(seeds)) for x in values.values()], 1)
-        )
+        """A row of measures.csv for every copy, with the crash foreseen from the last ten; a point of every curve, the
+        mean over the seeds of a learning rate; the progress line."""
+        S, K = self.args.num_seeds, len(learning_rates)
+        values = {"learning_rate": learning_rates, "seed": torch.arange(K) % S + self.args.seed, "step": step}
+        values |= {"diverged_at": diverged_at, "return": math.nan if returns is None else returns, **measures}
+        self.columns = [*values, "crash"]
+        values = [torch.as_tensor(x).cpu().double().expand(K) for x in (*values.values(), math.nan)]
+        self.table.append(torch.stack(values, 1))
         steps, errors = self.column("step")[-10:, 0], (self.column("loss")[-10:] * self.args.measure_batch).sqrt()
         self.table[-1][:, -1] = predicted_crash(steps, errors, len(self.args.hidden_sizes) + 1)
         for name in self.columns[3:]:
@@ -694,23 +650,8 @@ class Run:
         if now - self.shown > (0.2 if self.live else 10) and self.speed:  # a live line on a terminal, else plain ones
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
             words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left"]
-            words.append(f"{(diverged_at >= 0).sum()} of {len(seeds)} copies diverged")
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
+            words.append(f"{(diverged_at >= 0).sum()} of {K} copies diverged")
             print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
-
-    def summary(self):
-        """For each learning rate: the mean return of all evaluations and seeds; when which seed diverged, and what had
-        been foreseen at 80% of the way there."""
-        names = "step", "return", "crash", "diverged_at", "seed"
-        tables = [self.column(name).split(self.args.num_seeds, 1) for name in names]
-        for rate, step, returns, crash, diverged_at, seeds in zip(self.args.learning_rate, *tables, strict=True):
-            words = [f"learning rate {rate:.2g}: return {returns.nanmean():.1f}"]
-            for i, at in enumerate(diverged_at[-1].tolist()):
-                if at >= 0:
-                    foreseen = crash[(step[:, i] <= 0.8 * at).sum() - 1, i]
-                    words.append(f"seed {seeds[0, i]:.0f} diverged at {at:.0f} (foreseen: {foreseen:.0f})")
-            print(", ".join(words))
 
     def save(self, step, network, optimizer, generators, diverged_at):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -721,10 +662,9 @@ class Run:
         best, copies = int(evaluated[-1].nan_to_num(-math.inf).argmax()), network.state_dict()
         state |= {"network": {name: x[best : best + 1].clone() for name, x in copies.items()}, "copies": copies}
         state |= {"rng_state": torch.get_rng_state(), "step": step, "diverged_at": diverged_at}
-        state |= {"generators": [generator.get_state() for generator in generators]}
+        state |= {"generators": [x.get_state() for x in generators], "last_returns": []}
         state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
-        state |= {"columns": self.columns, "table": torch.stack(self.table)}
-        state |= {"last_returns": [], "eval_returns": [float(row[best]) for row in evaluated]}
+        state |= {"table": self.table, "columns": self.columns, "eval_returns": [float(row[best]) for row in evaluated]}
         with open(self.folder / "measures.csv", "w", newline="") as file:
             csv.writer(file).writerows([self.columns, *torch.cat(self.table).tolist()])
         torch.save(state, content)  # to memory: on a full disk torch.save() does not say what is wrong
@@ -739,9 +679,16 @@ class Run:
         self.writer.flush()
 
     def finish(self, step):
-        done = step >= self.args.gradient_steps
+        done, S = step >= self.args.gradient_steps, self.args.num_seeds
         self.writer.close()
-        self.summary()
+        steps, returns, crash = self.column("step")[:, 0], self.column("return"), self.column("crash")
+        for i, at in enumerate(self.column("diverged_at")[-1].tolist()):
+            if i % S == 0:
+                rate, mean = self.args.learning_rate[i // S], returns[:, i : i + S].nanmean()
+                print(f"learning rate {rate:.2g}: return {mean:.1f}")
+            if at >= 0:  # what had been foreseen at 80% of the way there
+                foreseen = crash[(steps <= 0.8 * at).sum() - 1, i]
+                print(f"    seed {self.args.seed + i % S} diverged at step {at:.0f} (foreseen: {foreseen:.0f})")
         print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
         print("evaluate the best copy with python play.py" if done else "go on with --resume", self.folder)
         if not done:

@@ -228,8 +228,8 @@ def test_each_copy_computes_what_pytorchs_own_layers_do(norm_type):
             norm = nn.LayerNorm(size, elementwise_affine=False) if norm_type == "layer_norm" else nn.Identity()
             if norm_type == "batch_norm":
                 norm = nn.BatchNorm1d(size, affine=False).double()
-                norm.running_mean.copy_(getattr(network, f"mean_{i}", torch.zeros(2, size))[k])
-                norm.running_var.copy_(getattr(network, f"variance_{i}", torch.ones(2, size))[k])
+                norm.running_mean.copy_(getattr(network, f"mean_{i}", torch.zeros(2, 1, size))[k, 0])
+                norm.running_var.copy_(getattr(network, f"variance_{i}", torch.ones(2, 1, size))[k, 0])
             layers += [linear, norm, nn.ReLU()] if i < 2 else [linear]
             width = size
         reference, own = nn.Sequential(*layers), network
@@ -237,7 +237,7 @@ def test_each_copy_computes_what_pytorchs_own_layers_do(norm_type):
         if norm_type == "batch_norm":  # its running statistics move alike
             network, *_ = make(norm_type=norm_type)
             network.train()(batch[0])
-            torch.testing.assert_close(network.variance_1[k], reference[4].running_var)
+            torch.testing.assert_close(network.variance_1[k, 0], reference[4].running_var)
             network, *_ = make(norm_type=norm_type)
             network.train()
 
@@ -347,24 +347,20 @@ def test_a_box_of_actions_is_cut_evenly_and_combined():
 
 def test_seeds_have_their_own_data_and_minibatches_and_learning_rates_of_a_seed_share_them():
     args = script.Args(**SMALL)
-    _, _, data, starts = script.make_data(args, range(5, 7))
-    alone = script.make_data(replace(args, seed=6, num_seeds=1), range(6, 7))[2]
-    assert starts == [0, 60] and all(torch.equal(x[60:], y) for x, y in zip(data, alone, strict=True))
+    _, _, data = script.make_data(args, range(5, 7), "cpu")
+    alone = script.make_data(replace(args, seed=6, num_seeds=1), range(6, 7), "cpu")[2]
+    assert all(x.shape[:2] == (2, 60) and torch.equal(x[1:], y) for x, y in zip(data, alone, strict=True))
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    obs, *_ = next(script.minibatches(data, starts, generators, args, 1))
-    assert obs.shape == (4, 16, 4) and torch.equal(obs[:2], obs[2:]) and not torch.equal(obs[0], obs[1])
-    for seed, rows in zip((5, 6), (data[0][:60], data[0][60:]), strict=True):
+    obs, *_ = next(script.minibatches(data, generators, args, 1))
+    assert obs.shape == (4, 16, 4) and torch.equal(obs[:2], obs[2:])
+    for i, seed in enumerate((5, 6)):
         drawn = torch.randint(60, (1, 16), generator=torch.Generator().manual_seed(seed))[0]
-        assert torch.equal(obs[seed - 5], rows[drawn])
-    measured = script.measuring_batch(data, starts, generators, replace(args, measure_batch=60))
-    assert all(
-        len(x.unique(dim=0)) == len(y.unique(dim=0)) for x, y in zip(measured[0][:2], data[0].split(60), strict=True)
-    )
+        assert torch.equal(obs[i], data[0][i, drawn]) and torch.equal(obs[2 + i], data[0][i, drawn])
 
 
 def test_the_toy_task_is_a_plane_with_eight_moves_of_a_hundredth():
-    _, action_space, data, _ = script.make_data(script.Args(env_id="toy", num_transitions=500), range(1, 2))
-    obs, actions, rewards, next_obs, terminated, truncated = data
+    _, action_space, data = script.make_data(script.Args(env_id="toy", num_transitions=500), range(1, 2), "cpu")
+    obs, actions, rewards, next_obs, terminated, truncated = (x[0] for x in data)
     moves = {tuple(x) for x in (100 * (next_obs - obs)).round().int().tolist()}
     assert len(moves) == 8 and (0, 0) not in moves and action_space.n == 8
     assert all(
@@ -448,10 +444,9 @@ def save_dataset(path="data.npz", **changes):
 
 def test_a_users_data_set_is_what_every_seed_trains_on():
     arrays = save_dataset()
-    _, _, data, starts = script.make_data(script.Args(dataset="data.npz", num_seeds=2), range(1, 3))
-    assert starts == [0, 0]
+    _, _, data = script.make_data(script.Args(dataset="data.npz", num_seeds=2), range(1, 3), "cpu")
     for x, name in zip(data, arrays, strict=True):
-        np.testing.assert_allclose(x.numpy(), arrays[name], rtol=1e-6)
+        np.testing.assert_allclose(x.numpy(), np.stack([arrays[name]] * 2), rtol=1e-6)
     _, checkpoint, _ = train(dataset="data.npz")
     assert checkpoint["step"] == 8
 
@@ -504,7 +499,7 @@ def test_bad_options_are_refused_in_one_line(options, named, refusal):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"rewards": None}, "has no rewards"),
+        ({"rewards": None}, "rewards not in it"),
         ({"rewards": np.zeros(39)}, "rewards"),
         ({"observations": np.zeros((40, 3))}, "observations"),
         ({"next_observations": np.full((40, 4), np.nan)}, "next_observations"),
