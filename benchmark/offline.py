@@ -52,5 +52,20 @@ def means(folder, path, variant):
     add(path, rows)
 
 
+def curves(folder, path, variant):
+    """Each measurement of each copy, up to where it diverges."""
+    table, options = load(folder)
+    names = "step loss q norm seem seem_normalised kernel_alignment policy_alignment crash".split()
+    rows = []
+    for k in range(table["step"].shape[1]):
+        row = {"task": options["env_id"], "variant": variant, "learning_rate": table["learning_rate"][0, k]}
+        row |= {"seed": int(table["seed"][0, k]), "diverged_at": int(table["diverged_at"][-1, k])}
+        row |= {"last_step": int(table["step"][-1, k])}
+        for t, step in enumerate(table["step"][:, k]):
+            if row["diverged_at"] < 0 or step <= row["diverged_at"]:
+                rows.append(row | {name: float(table[name][t, k]) for name in names})
+    add(path, rows)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

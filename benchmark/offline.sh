@@ -29,7 +29,49 @@ table1() {
   done
 }
 
+toy() {  # 100 state-action pairs of the plane, all of them in every step; the action is an input of the network
+  local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --norm-type none --action-input"
+  # shellcheck disable=SC2086
+  run curves toy sgd_2 $all --hidden-sizes 200 --learning-rate 1e-4 --num-seeds 5 \
+    --gradient-steps 1000 --measure-interval 10 --eval-interval 1000
+  # shellcheck disable=SC2086
+  run curves toy sgd_3 $all --hidden-sizes 200 200 --learning-rate 1e-4 --num-seeds 3 \
+    --gradient-steps 1200 --measure-interval 20 --eval-interval 1200
+  for layers in "200" "200 200"; do
+    # shellcheck disable=SC2086
+    run curves toy "adam_$(wc -w <<< "x $layers")" $all --hidden-sizes $layers --optimizer adam --num-seeds 3 \
+      --learning-rate 1e-3 --gradient-steps 2000 --measure-interval 100 --eval-interval 2000 --limit 1e20
+  done
+  # With the paper's learning rate: an output for each action
+  # shellcheck disable=SC2086
+  run curves toy paper_outputs ${all% *} --hidden-sizes 200 --learning-rate 0.01 0.02 --num-seeds 5 \
+    --gradient-steps 2000 --measure-interval 200 --eval-interval 2000
+}
+
+seem() {
+  local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --action-input --hidden-sizes 200"
+  all="$all --learning-rate 1e-4 --num-seeds 5 --gradient-steps 1500 --measure-interval 50 --eval-interval 1500"
+  for gamma in 0.5 0.9 0.99; do
+    for norm in none layer_norm batch_norm weight_norm; do
+      # shellcheck disable=SC2086
+      run curves seem "${norm}_$gamma" $all --norm-type $norm --gamma $gamma
+    done
+  done
+  # shellcheck disable=SC2086
+  run curves seem dropout_0.99 $all --norm-type none --gamma 0.99 --dropout 0.1
+  # shellcheck disable=SC2086
+  run curves seem weight_decay_0.99 $all --norm-type none --gamma 0.99 --weight-decay 0.01
+}
+
 case ${1:-all} in
   table1) shift; table1 "$@" ;;
-  all) table1 CartPole-v1 MountainCar-v0 Acrobot-v1 Pendulum-v1 ;;
+  toy) toy ;;
+  seem) seem ;;
+  report) python benchmark/offline.py report "$results" ;;
+  all)
+    toy
+    seem
+    table1 CartPole-v1 MountainCar-v0 Acrobot-v1 Pendulum-v1
+    python benchmark/offline.py report "$results"
+    ;;
 esac
