@@ -50,7 +50,7 @@ toy() {  # 100 state-action pairs of the plane, all of them in every step; the a
 
 seem() {
   local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --action-input --hidden-sizes 200"
-  all="$all --learning-rate 1e-4 --num-seeds 5 --gradient-steps 1500 --measure-interval 50 --eval-interval 1500"
+  all="$all --learning-rate 1e-4 --num-seeds 5 --gradient-steps 1000 --measure-interval 50 --eval-interval 1000"
   for gamma in 0.5 0.9 0.99; do
     for norm in none layer_norm batch_norm weight_norm; do
       # shellcheck disable=SC2086
