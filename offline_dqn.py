@@ -10,8 +10,7 @@ measurements are in measures.csv in the run's folder. The algorithm ends with ma
 
     python offline_dqn.py --env-id CartPole-v1 --norm-type layer_norm
     python offline_dqn.py --env-id Pendulum-v1 --uniform-states --norm-type none --learning-rate 0.01 0.001
-    python offline_dqn.py --env-id toy --norm-type none --learning-rate 1e-4 --measure-interval 10
-    python offline_dqn.py --env-id Acrobot-v1 --dataset transitions.npz
+    python offline_dqn.py --env-id toy --action-input --norm-type none --learning-rate 1e-4 --measure-interval 10
     python play.py runs/CartPole-v1__offline_dqn__1__1700000000
 """
 
@@ -171,16 +170,16 @@ def evaluate(network, args: Args, step, device):
 
 
 # -------------------------------------------------------------------------------------------------------- data
-def make_data(args: Args, seeds, device):
+def make_data(args: Args, device):
     """Observation and action space, and the transitions of every seed: tensors of (S, M, ...)."""
     if args.env_id == "toy":
         observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(8)
     else:
         observation_space, action_space = spaces(make_envs(args, 1, (args.seed,)))
     if args.dataset is not None:  # which all seeds share
-        parts = [load_dataset(args, observation_space, action_space)] * len(seeds)
+        parts = [load_dataset(args, observation_space, action_space)] * args.num_seeds
     else:
-        parts = [collect(args, action_space, seed) for seed in seeds]
+        parts = [collect(args, action_space, args.seed + i) for i in range(args.num_seeds)]
     types = torch.float32, torch.int64, torch.float32, torch.float32, torch.bool, torch.bool
     data = [torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)]
     return observation_space, action_space, [x.to(device, dtype) for x, dtype in zip(data, types, strict=True)]
@@ -223,19 +222,16 @@ def load_dataset(args: Args, observation_space, action_space):
     """The transitions in a file of numpy.savez(), M of them:
 
     observations, next_observations    (M, *shape of an observation)
-    actions                            (M,) whole numbers from 0, the rows of action_table()
-    rewards                            (M,)
+    actions, rewards                   (M,); actions are whole numbers from 0, the rows of action_table()
     terminated, truncated              (M,) true where the episode ended in the next observation, or was cut short there
     """
     names = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
     table, refuse = action_table(action_space, args), lambda words: fail(f"--dataset {args.dataset}: {words}")
     try:
         with np.load(args.dataset) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in names}
     except Exception as error:
-        refuse(error)
-    if missing := [name for name in names if name not in arrays]:
-        refuse(f"{', '.join(missing)} not in it")
+        refuse(str(error))
     M = len(np.atleast_1d(arrays["actions"]))
     for name in names:
         array, shape = arrays[name], (M, *(observation_space.shape if "observations" in name else ()))
@@ -249,22 +245,18 @@ def load_dataset(args: Args, observation_space, action_space):
 
 
 def minibatches(data, generators, args: Args, number):
-    """Minibatches of every copy, drawn with replacement by the generator of its seed."""
-    M = data[0].shape[1]
-    if args.batch_size < M:
-        rows = [torch.randint(M, (number, args.batch_size), generator=generator) for generator in generators]
-    else:
-        rows = [torch.arange(M).expand(number, M)] * len(generators)
-    for one in torch.stack(rows, 1):
-        yield take(data, one, args)
+    """Minibatches, drawn with replacement by the generator of each seed, whose copies share them."""
+    M, n = data[0].shape[1], args.batch_size
+    draw = lambda x: torch.randint(M, (number, n), generator=x) if n < M else torch.arange(M).expand(number, M)
+    for rows in torch.stack([draw(generator) for generator in generators], 1):
+        yield take(data, rows, args)
 
 
 def take(data, rows, args: Args):
-    """Rows (S, n) of the seeds' observations, actions, rewards, next observations and terminated, for each copy: (K, n,
-    ...). Copy i has the learning rate i // S and the seed i % S."""
-    rows, device = rows.repeat(len(args.learning_rate), 1), data[0].device
-    seeds = torch.arange(len(rows)).unsqueeze(1) % args.num_seeds
-    return [x[seeds.to(device), rows.to(device)] for x in data[:5]]
+    """These rows (S, n) of all but `truncated`, for each copy: (K, n, ...). Copy i has rate i // S and seed i % S."""
+    rows = rows.to(data[0].device).repeat(len(args.learning_rate), 1)
+    seeds = torch.arange(len(rows), device=rows.device).unsqueeze(1) % args.num_seeds
+    return [x[seeds, rows] for x in data[:5]]
 
 
 # ----------------------------------------------------------------------------------------------------- network
@@ -283,9 +275,8 @@ class QNetwork(nn.Module):
             described = torch.as_tensor(table if table.ndim == 2 else np.eye(len(table)), dtype=torch.float32)
             described *= 1000 if args.env_id == "toy" else 1
         self.register_buffer("described", described, persistent=False)
-        sizes = [self.inputs, *args.hidden_sizes, len(table)]
-        if args.action_input:
-            sizes[0], sizes[-1] = self.inputs + described.shape[1], 1
+        ends = (self.inputs + described.shape[1], 1) if args.action_input else (self.inputs, len(table))
+        sizes = [ends[0], *args.hidden_sizes, ends[1]]
         make = lambda shapes: nn.ParameterList([nn.Parameter(torch.zeros(copies, *shape)) for shape in shapes])
         self.weights = make(zip(sizes[1:], sizes, strict=False))
         self.biases = make((1, size) for size in sizes[1:])
@@ -340,7 +331,8 @@ class QNetwork(nn.Module):
             running, n = (mean, variance), y.shape[1]
             mean = y.mean(1, keepdim=True)
             variance = (y - mean).square().mean(1, keepdim=True)
-            running[0].lerp_(mean.detach(), 0.1), running[1].lerp_(variance.detach() * n / (n - 1), 0.1)
+            running[0].lerp_(mean.detach(), 0.1)
+            running[1].lerp_(variance.detach() * n / (n - 1), 0.1)
         return (y - mean) * torch.rsqrt(variance + 1e-5)
 
 
@@ -376,8 +368,12 @@ class Optimizer:
             p.data = weights.view_as(p)
         self.learning_rates = learning_rates.to(self.weights).unsqueeze(1)
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.adam, self.weight_decay, self.clamp = args.optimizer == "adam", args.weight_decay, args.clamp
-        self.steps = 0
+        self.adam, self.weight_decay, self.clamp, self.steps = (
+            args.optimizer == "adam",
+            args.weight_decay,
+            args.clamp,
+            0,
+        )
 
     def step(self, gradients, beta1=0.9, beta2=0.999, eps=1e-8):
         self.steps += 1
@@ -385,8 +381,7 @@ class Optimizer:
         if self.adam:
             self.mean.lerp_(move, 1 - beta1)
             self.square.lerp_(move.square(), 1 - beta2)
-            root = (self.square / (1 - beta2**self.steps)).sqrt_()
-            move = (self.mean / (1 - beta1**self.steps)).div_(root.add_(eps))
+            move = self.mean / (1 - beta1**self.steps) / ((self.square / (1 - beta2**self.steps)).sqrt() + eps)
         if self.weight_decay:
             move = move + self.weight_decay * self.weights
         self.weights.sub_(move.mul_(self.learning_rates)).clamp_(-self.clamp, self.clamp)
@@ -398,11 +393,10 @@ def gram_matrix(network, obs, actions):
 
     Where a linear layer has input a_i and output y_i, and b_i = ∂Q(x_i)/∂y_i, the gradient of W is b_i a_iᵀ and that of
     the bias b_i: G sums (A Aᵀ + 1) ∘ (B Bᵀ) over the layers. One backward pass gives every B, as no sample depends on
-    another; batch norm has its running statistics here. Where W = g v/‖v‖, the gradient of g is b_i v̂ᵀa_i, and that of
+    another: batch norm has its running statistics here. Where W = g v/‖v‖, the gradient of g is b_i v̂ᵀa_i, and that of
     v is g/‖v‖ times what of b_i a_iᵀ is at right angles to v̂."""
-    layers = []
+    layers, gram = [], 0
     total = network(obs, actions, layers).sum()
-    gram = 0
     for (a, _, scale, direction), b in zip(layers, torch.autograd.grad(total, [x[1] for x in layers]), strict=True):
         squared, along = (1, 0 * b) if scale is None else (scale.mT.square(), b * (a @ direction.mT))
         gram = gram + (a @ a.mT) * ((b * squared) @ b.mT) + b @ b.mT + (along * (1 - squared)) @ along.mT
@@ -421,9 +415,8 @@ def interference(gram, errors, discount, learning_rates):
     mixed = own - cross * discount.unsqueeze(1)  # ⟨∇Q_i, ∇h_j⟩
     squared = own.diagonal(dim1=1, dim2=2)
     full = squared - 2 * discount * cross.diagonal(dim1=1, dim2=2) + discount.square() * following
-    length, full_length = squared.sqrt().unsqueeze(2), full.clamp(min=0).sqrt().unsqueeze(1)
-    cosines = (own / (length * length.mT)).nan_to_num(0)  # 0 where a gradient is: a network may be dead
-    mixed_cosines = (mixed / (length * full_length)).nan_to_num(0)
+    cosine = lambda x, a, b: (x / a.sqrt().unsqueeze(2) / b.sqrt().unsqueeze(1)).nan_to_num(0)  # a gradient may be 0
+    cosines, mixed_cosines = cosine(own, squared, squared), cosine(mixed, squared, full.clamp(min=0))
     products, mean = errors.unsqueeze(2) * errors.unsqueeze(1), lambda x: x.mean((1, 2))
     qgi = (cosines.abs().sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
     dgi, second = mean(products * mixed), mean((errors.unsqueeze(2) * mixed).square())
@@ -486,11 +479,11 @@ def main(args: Args):
     step = checkpoint["step"] if checkpoint else 0  # gradient steps so far, of every copy
     if step >= args.gradient_steps:
         fail(f"the run has made {step} gradient steps already: --gradient-steps {args.gradient_steps} adds none")
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    observation_space, action_space, data = make_data(args, seeds, device)
+    observation_space, action_space, data = make_data(args, device)
     learning_rates = torch.tensor(args.learning_rate, dtype=torch.float64).repeat_interleave(args.num_seeds).to(device)
     network = QNetwork(observation_space, action_space, args, copies=len(learning_rates))
-    network.initialise(generators := [torch.Generator().manual_seed(seed) for seed in seeds])
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_seeds)]
+    network.initialise(generators)
     optimizer = Optimizer(network.to(device), learning_rates, args)
     torch.manual_seed(args.seed)  # of dropout
     rows = [torch.randperm(data[0].shape[1], generator=x)[: args.measure_batch] for x in generators]
@@ -512,13 +505,13 @@ def main(args: Args):
             for batch in minibatches(data, generators, args, args.measure_interval):
                 largest = train_step(network, optimizer, batch, args.gamma)
                 step += 1
-                diverged_at = torch.where((diverged_at < 0) & ~(largest <= args.limit), step, diverged_at)
-            # Measure, evaluate, log
+                diverged_at = torch.where(
+                    (diverged_at < 0) & ~(largest <= args.limit), step, diverged_at
+                )  # Measure, evaluate, log
             measures, before = measure(network, measured, learning_rates, args, before)
             over = step >= args.gradient_steps
             returns = evaluate(network, args, step, device) if over or step % args.eval_interval == 0 else None
             run.log(step, learning_rates, measures, diverged_at, returns)
-
             # Checkpoint
             if step % args.checkpoint_interval < args.measure_interval:
                 run.save(step, network, optimizer, generators, diverged_at)
@@ -605,7 +598,7 @@ class Run:
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
-        self.args, self.first_step, self.live = args, checkpoint["step"] if checkpoint else 0, sys.stdout.isatty()
+        self.args, self.first_step = args, checkpoint["step"] if checkpoint else 0
         # What stands in measures.csv: its columns, and (K, columns) for each measurement
         self.columns, self.table = (checkpoint["columns"], checkpoint["table"]) if checkpoint else ([], [])
         self.stopped = 0  # the last signal
@@ -621,48 +614,42 @@ class Run:
         except Exception as error:  # of the file system
             reason = "another process is at work in it" if isinstance(error, BlockingIOError) else error
             fail(f"cannot open the run {self.folder}: {reason}")
-        rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
-        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
-        device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
-        print(f"{self.folder}: {args.env_id} on {device}, {len(weights)} copies of {weights.shape[1]:,} parameters")
+        K, P = weights.shape
+        print(f"{self.folder}: {args.env_id} on {weights.device}, {K} copies of {P:,} parameters each", flush=True)
 
-    def column(self, name):
-        """(measurements, K)"""
+    def column(self, name):  # (measurements, K)
         return torch.stack(self.table)[:, :, self.columns.index(name)]
 
     def log(self, step, learning_rates, measures, diverged_at, returns):
-        """A row of measures.csv for every copy, with the crash foreseen from the last ten; a point of every curve, the
-        mean over the seeds of a learning rate; the progress line."""
+        """A row of measures.csv for every copy, a point of every curve for every learning rate, the progress line."""
         S, K = self.args.num_seeds, len(learning_rates)
         values = {"learning_rate": learning_rates, "seed": torch.arange(K) % S + self.args.seed, "step": step}
         values |= {"diverged_at": diverged_at, "return": math.nan if returns is None else returns, **measures}
         self.columns = [*values, "crash"]
         values = [torch.as_tensor(x).cpu().double().expand(K) for x in (*values.values(), math.nan)]
         self.table.append(torch.stack(values, 1))
-        steps, errors = self.column("step")[-10:, 0], (self.column("loss")[-10:] * self.args.measure_batch).sqrt()
+        steps, errors = self.column("step")[-10:, 0], self.column("loss")[-10:].sqrt()  # in the mean: ‖u‖/√n
         self.table[-1][:, -1] = predicted_crash(steps, errors, len(self.args.hidden_sizes) + 1)
-        for name in self.columns[3:]:
-            for rate, x in zip(self.args.learning_rate, self.column(name)[-1].split(S), strict=True):
-                if not x.isnan().all():
-                    self.writer.add_scalar(f"{name}/learning_rate_{rate:.2g}", x.nanmean(), step)
+        for name, x in zip(self.columns[3:], self.table[-1].T[3:], strict=True):
+            for rate, mean in zip(self.args.learning_rate, x.view(-1, S).nanmean(1).tolist(), strict=True):
+                if not math.isnan(mean):
+                    self.writer.add_scalar(f"{name}/learning_rate_{rate:.2g}", mean, step)
         now, total = time.monotonic(), self.args.gradient_steps
         self.speed = (step - self.first_step) / (now - self.started)
-        if now - self.shown > (0.2 if self.live else 10) and self.speed:  # a live line on a terminal, else plain ones
+        if now - self.shown > 10 and self.speed:
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left"]
-            words.append(f"{(diverged_at >= 0).sum()} of {K} copies diverged")
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            words = f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left"
+            print(*words, f"{(diverged_at >= 0).sum()} of {K} copies diverged", sep=", ", flush=True)
 
     def save(self, step, network, optimizer, generators, diverged_at):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
         content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
         state = {"script": Path(__file__).stem, "args": asdict(self.args), "threads": torch.get_num_threads()}
-        # play.py plays the copy with the best return of the last evaluation
         evaluated = [row for row in self.column("return") if not row.isnan().all()] or [torch.zeros(network.copies)]
-        best, copies = int(evaluated[-1].nan_to_num(-math.inf).argmax()), network.state_dict()
+        best, copies = int(evaluated[-1].nan_to_num(-math.inf).argmax()), network.state_dict()  # play.py plays it
         state |= {"network": {name: x[best : best + 1].clone() for name, x in copies.items()}, "copies": copies}
-        state |= {"rng_state": torch.get_rng_state(), "step": step, "diverged_at": diverged_at}
-        state |= {"generators": [x.get_state() for x in generators], "last_returns": []}
+        state |= {"rng_state": torch.get_rng_state(), "step": step, "diverged_at": diverged_at, "last_returns": []}
+        state |= {"generators": [generator.get_state() for generator in generators]}
         state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
         state |= {"table": self.table, "columns": self.columns, "eval_returns": [float(row[best]) for row in evaluated]}
         with open(self.folder / "measures.csv", "w", newline="") as file:
@@ -679,16 +666,15 @@ class Run:
         self.writer.flush()
 
     def finish(self, step):
-        done, S = step >= self.args.gradient_steps, self.args.num_seeds
+        done = step >= self.args.gradient_steps
         self.writer.close()
         steps, returns, crash = self.column("step")[:, 0], self.column("return"), self.column("crash")
-        for i, at in enumerate(self.column("diverged_at")[-1].tolist()):
-            if i % S == 0:
-                rate, mean = self.args.learning_rate[i // S], returns[:, i : i + S].nanmean()
-                print(f"learning rate {rate:.2g}: return {mean:.1f}")
-            if at >= 0:  # what had been foreseen at 80% of the way there
+        for i, (rate, seed, _, at) in enumerate(self.table[-1][:, :4].tolist()):
+            words = f"learning rate {rate:.2g}, seed {seed:.0f}: return {returns[:, i].nanmean():.1f}"
+            if at >= 0:
                 foreseen = crash[(steps <= 0.8 * at).sum() - 1, i]
-                print(f"    seed {self.args.seed + i % S} diverged at step {at:.0f} (foreseen: {foreseen:.0f})")
+                words += f", diverged at step {at:.0f} (foreseen at 80% of the way: {foreseen:.0f})"
+            print(words)
         print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
         print("evaluate the best copy with python play.py" if done else "go on with --resume", self.folder)
         if not done:
@@ -707,7 +693,6 @@ class Run:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.lock = None  # closed, and so released
-        print(end="\n" * self.live)  # what comes next starts below the progress line
         if isinstance(error, Exception):
             if not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
                 traceback.print_exception(error)

@@ -347,8 +347,8 @@ def test_a_box_of_actions_is_cut_evenly_and_combined():
 
 def test_seeds_have_their_own_data_and_minibatches_and_learning_rates_of_a_seed_share_them():
     args = script.Args(**SMALL)
-    _, _, data = script.make_data(args, range(5, 7), "cpu")
-    alone = script.make_data(replace(args, seed=6, num_seeds=1), range(6, 7), "cpu")[2]
+    _, _, data = script.make_data(replace(args, seed=5), "cpu")
+    alone = script.make_data(replace(args, seed=6, num_seeds=1), "cpu")[2]
     assert all(x.shape[:2] == (2, 60) and torch.equal(x[1:], y) for x, y in zip(data, alone, strict=True))
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     obs, *_ = next(script.minibatches(data, generators, args, 1))
@@ -359,7 +359,7 @@ def test_seeds_have_their_own_data_and_minibatches_and_learning_rates_of_a_seed_
 
 
 def test_the_toy_task_is_a_plane_with_eight_moves_of_a_hundredth():
-    _, action_space, data = script.make_data(script.Args(env_id="toy", num_transitions=500), range(1, 2), "cpu")
+    _, action_space, data = script.make_data(script.Args(env_id="toy", num_transitions=500, num_seeds=1), "cpu")
     obs, actions, rewards, next_obs, terminated, truncated = (x[0] for x in data)
     moves = {tuple(x) for x in (100 * (next_obs - obs)).round().int().tolist()}
     assert len(moves) == 8 and (0, 0) not in moves and action_space.n == 8
@@ -444,7 +444,7 @@ def save_dataset(path="data.npz", **changes):
 
 def test_a_users_data_set_is_what_every_seed_trains_on():
     arrays = save_dataset()
-    _, _, data = script.make_data(script.Args(dataset="data.npz", num_seeds=2), range(1, 3), "cpu")
+    _, _, data = script.make_data(script.Args(dataset="data.npz", num_seeds=2), "cpu")
     for x, name in zip(data, arrays, strict=True):
         np.testing.assert_allclose(x.numpy(), np.stack([arrays[name]] * 2), rtol=1e-6)
     _, checkpoint, _ = train(dataset="data.npz")
@@ -499,7 +499,7 @@ def test_bad_options_are_refused_in_one_line(options, named, refusal):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"rewards": None}, "rewards not in it"),
+        ({"rewards": None}, "rewards is not a file"),
         ({"rewards": np.zeros(39)}, "rewards"),
         ({"observations": np.zeros((40, 3))}, "observations"),
         ({"next_observations": np.full((40, 4), np.nan)}, "next_observations"),
@@ -536,4 +536,4 @@ def test_the_command_runs_in_a_process_of_its_own_and_is_played():
     words = [sys.executable, ROOT / "offline_dqn.py", *command.split(), "--learning-rate", "0.01", "--num-seeds", "2"]
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "learning rate 0.01: return" in done.stdout and "play.py runs/" in done.stdout
+    assert "learning rate 0.01, seed 2: return" in done.stdout and "play.py runs/" in done.stdout
