@@ -328,8 +328,7 @@ class QNetwork(nn.Module):
         """As in PyTorch's own layer: in training by the minibatch's statistics, of s and of s' apart."""
         mean, variance = getattr(self, f"mean_{i}"), getattr(self, f"variance_{i}")
         if self.training:
-            running, n = (mean, variance), y.shape[1]
-            mean = y.mean(1, keepdim=True)
+            running, n, mean = (mean, variance), y.shape[1], y.mean(1, keepdim=True)
             variance = (y - mean).square().mean(1, keepdim=True)
             running[0].lerp_(mean.detach(), 0.1)
             running[1].lerp_(variance.detach() * n / (n - 1), 0.1)
@@ -368,12 +367,8 @@ class Optimizer:
             p.data = weights.view_as(p)
         self.learning_rates = learning_rates.to(self.weights).unsqueeze(1)
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.adam, self.weight_decay, self.clamp, self.steps = (
-            args.optimizer == "adam",
-            args.weight_decay,
-            args.clamp,
-            0,
-        )
+        self.steps, self.adam = 0, args.optimizer == "adam"
+        self.weight_decay, self.clamp = args.weight_decay, args.clamp
 
     def step(self, gradients, beta1=0.9, beta2=0.999, eps=1e-8):
         self.steps += 1
