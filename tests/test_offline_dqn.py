@@ -3,6 +3,7 @@ that train alone; its data, refusals, checkpoints and what play.py makes of them
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -401,6 +402,38 @@ def test_a_resumed_run_makes_the_same_bits_as_one_that_was_never_stopped(options
     _, resumed, again = train(**options, resume=str(folder))
     assert all(torch.equal(x, resumed["copies"][name]) for name, x in whole["copies"].items())
     assert {**rows[-1], "return": ""} == {**again[-1], "return": ""} and len(rows) == len(again)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_after_the_next_measurement_and_resume_goes_on(signum, heeded_signals, monkeypatch):
+    _, whole, _ = train()
+    step, calls = script.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signum)
+        return step(*args)
+
+    monkeypatch.setattr(script, "train_step", interrupted)
+    before = set(Path("runs").glob("*"))
+    with pytest.raises(SystemExit) as exit:
+        train()
+    assert exit.value.code == 128 + signum and len(calls) == 4
+    (folder,) = set(Path("runs").glob("*")) - before
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4
+    _, resumed, _ = train(resume=str(folder))
+    assert all(torch.equal(x, resumed["copies"][name]) for name, x in whole["copies"].items())
+
+
+def test_an_error_while_training_ends_in_one_line_that_tells_how_to_go_on(monkeypatch, capsys):
+    def failing(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(script.Run, "log", failing)
+    with pytest.raises(SystemExit) as exit:
+        train()
+    assert exit.value.code == 1 and capsys.readouterr().err == "error: no space left\n"
 
 
 def test_same_seed_same_bits_and_another_seed_others():
