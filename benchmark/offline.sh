@@ -63,14 +63,26 @@ seem() {
   run curves seem weight_decay_0.99 $all --norm-type none --gamma 0.99 --weight-decay 0.01
 }
 
+seem_long() {
+  local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --action-input --hidden-sizes 200"
+  all="$all --learning-rate 1e-4 --num-seeds 5 --gradient-steps 6000 --measure-interval 200 --eval-interval 6000"
+  # Do those that SEEM calls unstable, and that have not diverged yet, do so later?
+  for case in none:0.9 layer_norm:0.99 batch_norm:0.99; do
+    # shellcheck disable=SC2086
+    run curves seem_long "${case/:/_}" $all --norm-type "${case%:*}" --gamma "${case#*:}"
+  done
+}
+
 case ${1:-all} in
   table1) shift; table1 "$@" ;;
   toy) toy ;;
   seem) seem ;;
+  seem_long) seem_long ;;
   report) python benchmark/offline.py report "$results" ;;
   all)
     toy
     seem
+    seem_long
     table1 CartPole-v1 MountainCar-v0 Acrobot-v1 Pendulum-v1
     python benchmark/offline.py report "$results"
     ;;
