@@ -466,6 +466,23 @@ def test_evaluation_reports_the_return_of_each_copys_own_first_episodes():
     assert script.evaluate(network, endless, 0, torch.device("cpu")).tolist() == [20, 20]
 
 
+def test_only_the_first_episode_of_each_environment_counts():
+    args = script.Args(num_eval_envs=6, hidden_sizes=(4,))
+    network = script.QNetwork(gym.spaces.Box(-9, 9, (4,)), gym.spaces.Discrete(2), args, copies=2)
+    network.initialise([torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    envs = script.make_envs(args, 12, (args.seed, 7, 3))
+    obs, lengths, over = envs.reset()[0], np.zeros(12), np.zeros(12, dtype=bool)
+    while not over.all():
+        with torch.no_grad():
+            values = network(torch.from_numpy(obs).view(2, 6, 4)).view(12, 2)
+        obs, _, terminated, truncated, _ = envs.step(values.argmax(1).numpy())
+        lengths += ~over
+        over |= terminated | truncated
+    assert lengths.max() > lengths.min() + 10  # the quick ones play on
+    found = script.evaluate(network, args, 7, torch.device("cpu"))
+    assert found.tolist() == pytest.approx(lengths.reshape(2, 6).mean(1).tolist())
+
+
 def save_dataset(path="data.npz", **changes):
     random = np.random.default_rng(0)
     arrays = {"observations": random.normal(size=(40, 4)), "actions": random.integers(2, size=40)}
