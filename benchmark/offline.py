@@ -162,7 +162,7 @@ def interference(rows, path):
     """003's Fig. 1 and 2: a point for each learning rate, with and without LayerNorm, the mean of its seeds."""
     metrics = "qgi sgi mgi dgi gi2 iso".split()
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
-    table = []
+    table, pairs = [], []
     for (upper, lower), task in zip(axes.T, PAPER, strict=True):
         points = []
         for (norm, _), x in groups([r for r in rows if r["task"] == task], "variant", "learning_rate").items():
@@ -172,6 +172,11 @@ def interference(rows, path):
         for kept, label in ((points, "all"), ([p for p in points if p["bounded"]], "none diverged")):
             cells = [f"{spearman(column(kept, m), column(kept, 'loss')):.2f}" for m in metrics]
             table.append([task, f"{label}: {len(kept)}", *cells])
+        plain, ln = ([p for p in points if p["ln"] == kind] for kind in (False, True))
+        change = {m: column(ln, m) - column(plain, m) for m in (*metrics, "loss")}  # in the order of the learning rates
+        same = [f"{sum(np.sign(change[m]) == np.sign(change['loss']))}" for m in metrics]
+        fell = [f"{sum(change[m] < 0)}" for m in ("loss", "sgi", "gi2")]
+        pairs.append([task, f"{len(ln)}", *fell, *same])
         for axis, metric, scale in ((upper, "sgi", "linear"), (lower, "gi2", "symlog")):
             for ln, colour in ((False, "#D55E00"), (True, "#0072B2")):
                 for bounded, marker in ((True, "o"), (False, "^")):
@@ -182,7 +187,10 @@ def interference(rows, path):
                 axis.set_xscale("symlog", linthresh=1e-4)
     figure.suptitle("LayerNorm blue, none orange; a triangle where a seed diverged")
     figure.savefig(path, dpi=80)
-    return markdown(["task", "points", *(m.upper() for m in metrics)], table)
+    names = [m.upper() for m in metrics]
+    text = markdown(["task", "points", *names], table) + "LayerNorm against none at each learning rate: at how many\n\n"
+    header = ["task", "of", "loss falls", "SGI falls", "GI2 falls", *(f"{name} changes as the loss" for name in names)]
+    return text + markdown(header, pairs)
 
 
 def toy(rows, path):

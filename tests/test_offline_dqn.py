@@ -558,7 +558,7 @@ def test_bad_options_are_refused_in_one_line(options, named, refusal):
         ({"actions": np.zeros(0)}, "observations"),
         ({"terminated": np.array(["no"] * 40)}, "terminated"),
     ],
-    ids=str,
+    ids="missing length width nan range fraction empty words".split(),
 )
 def test_a_bad_data_set_is_refused_by_name(changes, words, refusal):
     save_dataset(**changes)
