@@ -53,7 +53,7 @@ Rates = Annotated[tuple[float, ...], "positive, and at least one", lambda x: x a
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the plane of 004's Appendix E
-    gradient_steps: Count = 20_000  # gradient steps of the run, made by every copy
+    gradient_steps: Count = 10_000  # gradient steps of the run, made by every copy
     # copies have this seed, the next one and so on: each seed has its own data set, first weights and minibatches
     seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
     num_seeds: Count = 3  # copies of each learning rate
@@ -80,10 +80,10 @@ class Args:
     action_input: bool = False  # the action is an input of the network (004, §2), not one of its outputs (003, §2)
     measure_interval: Count = 1_000  # gradient steps between two measurements
     measure_batch: Annotated[int, "at least 2", lambda x: x >= 2] = 128  # transitions of each seed that they take
-    eval_interval: Count = 5_000  # gradient steps between two evaluations; a multiple of --measure-interval
+    eval_interval: Count = 1_000  # gradient steps between two evaluations; a multiple of --measure-interval
     num_eval_envs: Count = 3  # greedy episodes of each copy in an evaluation
     max_eval_steps: Count = 10_000  # an episode that lasts longer is cut short, and counted as it is
-    checkpoint_interval: Count = 10_000  # gradient steps between checkpoints (there is always one at the end)
+    checkpoint_interval: Count = 5_000  # gradient steps between checkpoints (there is always one at the end)
 
 
 # ------------------------------------------------------------------------------------------------ environments
