@@ -1,4 +1,4 @@
-"""What the tests of the three scripts share: each runs in an empty folder of its own."""
+"""What the tests of the scripts share: each runs in an empty folder of its own."""
 
 import ast
 import signal
@@ -15,13 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pqn
 import pqn_atari_envpool
 import pqn_atari_lstm
+import preqn
 
 
 @pytest.fixture
 def in_an_empty_folder(tmp_path, monkeypatch):
     """And what a failed run leaves open there is closed before the folder is left."""
     opened = []
-    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm):
+    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, preqn):
         watched = lambda *x, make=script.SummaryWriter, **names: opened.append(make(*x, **names)) or opened[-1]
         monkeypatch.setattr(script, "SummaryWriter", watched)
     monkeypatch.chdir(tmp_path)
