@@ -51,19 +51,21 @@ def read(folder):
 
 def draw(rows, path):
     plt.switch_backend("Agg")
+    label = lambda row: " ".join([row["env"]] * several + [row["variant"].replace("_", ", ")])
+    several = len({row["env"] for row in rows}) > 1
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for panel, (quantity, label) in zip(axes.flat, QUANTITIES.items(), strict=True):
-        for colour, variant in zip(COLOURS, dict.fromkeys(row["variant"] for row in rows), strict=False):
+    for panel, (quantity, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
+        for colour, name in zip(COLOURS, dict.fromkeys(map(label, rows)), strict=False):
             points = {}
             for row in rows:
-                if row["variant"] == variant and quantity in row:
+                if label(row) == name and quantity in row:
                     points.setdefault(row["step"], []).append(float(row[quantity]))
             if points:
                 x, y = zip(*sorted(points.items()), strict=True)
-                panel.plot(x, [np.mean(values) for values in y], color=colour, label=variant.replace("_", ", "))
+                panel.plot(x, [np.mean(values) for values in y], color=colour, label=name)
                 low, high = ([end(values) for values in y] for end in (min, max))
                 panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        panel.set(title=label, xlabel="environment steps")
+        panel.set(title=title, xlabel="environment steps")
         panel.grid(alpha=0.25)
     axes[0, 0].legend()
     figure.savefig(path, dpi=80)

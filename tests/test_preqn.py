@@ -345,8 +345,8 @@ def test_td3_learns_as_published_with_the_smaller_of_two_slow_q():
 # --------------------------------------------------------------------------------- environments and the replay buffer
 
 
-def collected(env_id, rollouts=2, epsilon=1.0, **options):
-    args = arguments(env_id=env_id, num_envs=2, num_steps=7, **options)
+def collected(env_id, rollouts=2, epsilon=1.0, num_steps=7, **options):
+    args = arguments(env_id=env_id, num_envs=2, num_steps=num_steps, **options)
     Counting.actions.clear()
     envs = preqn.make_envs(args, 3, (1,))
     network = preqn.QNetwork(*preqn.spaces(envs), args)
@@ -365,6 +365,13 @@ def test_phantoms_never_enter_and_only_a_termination_is_terminal(env_id, termina
     episode = lambda i: (i, 10.0, 4)
     assert rollouts[0][1:] == ([episode(0), episode(1)], [episode(2)])
     assert rollouts[1][1:] == ([episode(0), episode(1)] * 2, [episode(2)] * 2)
+
+
+def test_a_phantom_stays_out_where_it_is_the_first_step_of_a_rollout():
+    rollouts, _ = collected("Cut-v0", rollouts=3, num_steps=4)
+    assert [len(r[0][0]) for r in rollouts] == [2 * 4, 2 * 3, 2 * 3]
+    obs, _, rewards, *_ = (torch.cat(x) for x in zip(*(r[0] for r in rollouts), strict=True))
+    assert torch.equal(obs[:, 0, 1] + 1, rewards)
 
 
 @pytest.mark.parametrize("env_id, bootstraps", [("Cut-v0", True), ("Ending-v0", False), ("BothEnds-v0", False)])
