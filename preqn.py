@@ -131,12 +131,12 @@ def step_envs(envs, actions):
 
     EnvPool and Gymnasium reset on the step *after* an episode's end. So `obs` is the true successor even where an
     episode ends, and the step after it is a phantom: its action is ignored, it only brings a new episode's first
-    observation.
+    observation. `ended` says where one ends, be it in a terminal state or by a time limit.
     """
     space = spaces(envs)[1]
     scaled = space.low + (actions.reshape(-1, *space.shape) + 1) / 2 * (space.high - space.low)
     obs, rewards, terminated, truncated, _ = envs.step(scaled.clip(space.low, space.high).astype(space.dtype))
-    return obs, rewards, terminated, truncated
+    return obs, rewards, terminated, terminated | truncated
 
 
 @torch.no_grad()
@@ -182,12 +182,11 @@ class Collector:
             actions = self.act(self.obs, explore[t], random_actions[t], noise[t])
             self.actions[t] = actions[:N]
             self.real[t] = ~self.ended[:N]
-            obs, rewards, terminated, truncated = step_envs(self.envs, actions.cpu().numpy())
+            self.lengths += ~self.ended
+            obs, rewards, terminated, self.ended = step_envs(self.envs, actions.cpu().numpy())
             self.obs.copy_(torch.from_numpy(obs))
             self.rewards[t], self.terminated[t] = rewards[:N], terminated[:N]
             self.returns += rewards
-            self.lengths += ~self.ended
-            self.ended = terminated | truncated
             for i in np.flatnonzero(self.ended):
                 kept = episodes if i < N else eval_episodes
                 kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
@@ -203,12 +202,12 @@ class Collector:
 
 
 class ReplayBuffer:
-    """The last transitions (s, a, r, s′, d). Its memory is taken up page by page as it fills."""
+    """The last transitions (s, a, r, s′, d). On a CPU, memory is only taken up as they come."""
 
     def __init__(self, size, observation_space, action_space, device):
         obs, actions = (size, *observation_space.shape), (size, math.prod(action_space.shape))
-        self.data = [torch.zeros(shape, device=device) for shape in (obs, actions, (size,), obs)]
-        self.data.append(torch.zeros(size, dtype=torch.bool, device=device))
+        self.data = [torch.empty(shape, device=device) for shape in (obs, actions, (size,), obs)]
+        self.data.append(torch.empty(size, dtype=torch.bool, device=device))
         self.added = 0  # transitions that have ever been added: the next one takes the place of the oldest
 
     def __len__(self):
@@ -455,8 +454,7 @@ def analyse(args: Args, device, samples=1000, networks=3):
         action = torch.empty(1, math.prod(spaces(envs)[1].shape)).uniform_(-1, 1).sign()
         if not ended:
             pairs.append((torch.from_numpy(obs).float(), action))
-        obs, _, terminated, truncated = step_envs(envs, action.numpy())
-        ended = bool(terminated[0] | truncated[0])
+        obs, _, _, (ended,) = step_envs(envs, action.numpy())
     obs, actions = (torch.cat(x).to(device) for x in zip(*pairs, strict=True))
 
     rows, shapes = [], [(width,) * 2 for width in (32, 64, 128, 256)] + [(64,) * depth for depth in (1, 3, 4)]
