@@ -446,10 +446,14 @@ def test_a_resumed_run_starts_from_exactly_what_was_saved(critic, train, monkeyp
         seen.append(deepcopy((network.state_dict(), optimizer.state_dict())))
         return update(network, optimizer, *rest)
 
+    random_states, collect = [], preqn.Collector.collect
+    watched = lambda *x: random_states.append(torch.get_rng_state()) or collect(*x)
+    monkeypatch.setattr(preqn.Collector, "collect", watched)
     monkeypatch.setattr(preqn, f"{critic}_update", look)
     args = replace(preqn.Args(**saved["args"]), resume=str(folder), total_timesteps=80, learning_rate=0.5)
     _, checkpoint = train(args)
     network, optimizer = seen[0]
+    assert torch.equal(random_states[0], saved["rng_state"])
     assert all(torch.equal(network[name], w) for name, w in saved["network"].items())
     for i, state in saved["optimizer"]["state"].items():
         assert all(torch.equal(optimizer["state"][i][name], x) for name, x in state.items())
