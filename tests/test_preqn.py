@@ -135,6 +135,22 @@ def test_kernel_and_step_are_those_of_one_backward_pass_per_sample(activation, l
     assert shapes == [w.shape for w in critic.parameters()]
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_layer_norm_comes_before_the_activation_and_weights_start_as_said(layer_norm):
+    args = arguments(layer_norm=layer_norm, hidden_sizes=(300, 200))
+    torch.manual_seed(0)
+    mlp, x = preqn.MLP(4, 2, args), torch.randn(6, 4)
+    expected = x
+    for i, layer in enumerate(mlp.layers):
+        bound = math.sqrt(6 / sum(layer.weight.shape))
+        assert 0.9 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+        expected = expected @ layer.weight.T
+        if i < 2 and layer_norm:
+            expected = (expected - expected.mean(1, keepdim=True)) / expected.std(1, keepdim=True, unbiased=False)
+        expected = expected.sin() if i < 2 else expected
+    assert torch.allclose(mlp(x), expected, atol=1e-4)
+
+
 def test_no_gradients_of_single_samples_are_stored(monkeypatch):
     args = arguments(hidden_sizes=(64, 64))
     network, passes, grad = network_for(args), [], torch.autograd.grad
