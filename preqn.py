@@ -486,7 +486,7 @@ def analyse(args: Args, device, samples=1000, networks=3):
         panel.set(xlabel=f"{over}, at {fixed} {other}".replace("64 width", "width 64"), xticks=x)
         panel.set(ylabel=f"mean {quantity.replace('_', ' ')}", yscale="log" if quantity == "diagonal" else "linear")
         panel.grid(alpha=0.25)
-    axes[1, 0].legend(fontsize=8, ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(f"{args.env_id}: kernels of {networks} random critics on {samples} rails-random pairs, ± their σ")
     figure.savefig(f"{args.analyse}.png", dpi=80)
     print(f"{args.analyse}.csv, {args.analyse}.png")
