@@ -10,7 +10,7 @@ ends with main(); bookkeeping follows.
     python preqn.py --env-id HalfCheetah-v5 --critic td3     # to compare with: TD3's critics, with target networks
     python preqn.py --env-id Walker2d-v5 --analyse kernels   # no training: Fig. 1, into kernels.csv and kernels.png
     python preqn.py --resume runs/HalfCheetah-v5__preqn__1__1700000000 --total-timesteps 2000000
-    python play.py runs/HalfCheetah-v5__preqn__1__1700000000 --video cheetah.mp4
+    python play.py runs/HalfCheetah-v5__preqn__1__1700000000
 """
 
 import csv
