@@ -19,7 +19,7 @@ for critic in preqn td3; do
 done | RESULTS=$results/alignment python benchmark/launch.py preqn_alignment "$@"
 [[ "$*" == *--list* ]] && exit
 
-python benchmark/preqn_report.py runs/preqn --out $results/updates
+python benchmark/preqn_report.py runs/preqn --out $results/updates --curves $results/curves.csv
 python benchmark/preqn_report.py runs/alignment --out $results/alignment/updates
 for env in HalfCheetah-v5 Walker2d-v5 Ant-v5; do
   python preqn.py --env-id $env --analyse $results/kernels_$env

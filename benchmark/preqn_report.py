@@ -32,6 +32,7 @@ COLOURS = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 class Args:
     runs: tyro.conf.Positional[Path]  # folder of a list that launch.py ran
     out: Path  # <this>.csv and <this>.png are written
+    curves: Path | None = None  # the set's curves.csv: its returns are drawn into <out>_returns.png, seed by seed
 
 
 def read(folder):
@@ -71,6 +72,25 @@ def draw(rows, path):
     figure.savefig(path, dpi=80)
 
 
+def draw_returns(curves, path):
+    """Each seed by itself, as an interval over two of them would hide what there is to see."""
+    runs = {}
+    for row in csv.DictReader(open(curves)):
+        points = runs.setdefault(row["env"], {}).setdefault(row["seed"], ([], [], []))
+        for values, name in zip(points, ("step", "eval_return", "episodic_return"), strict=True):
+            values.append(float(row[name] or "nan"))
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(1, len(runs), figsize=(13, 3.6), layout="constrained", squeeze=False)
+    for panel, (env, seeds) in zip(axes.flat, runs.items(), strict=True):
+        for colour, (seed, (step, greedy, training)) in zip(COLOURS, seeds.items(), strict=False):
+            panel.plot(step, greedy, color=colour, label=f"seed {seed}, without noise")
+            panel.plot(step, training, ":", color=colour, label=f"seed {seed}, training")
+        panel.set(title=env, xlabel="environment steps", ylabel="return")
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
 def main(args: Args):
     rows = read(args.runs)
     if not rows:
@@ -81,6 +101,8 @@ def main(args: Args):
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, f"{args.out}.png")
+    if args.curves:
+        draw_returns(args.curves, f"{args.out}_returns.png")
     print(f"{args.out}.csv, {args.out}.png")
 
 
