@@ -661,7 +661,7 @@ def test_a_signal_ends_the_run_saved(signum, heeded_signals, in_an_empty_folder,
     assert checkpoint["step"] == 30 and checkpoint["buffer"]["added"] >= 22
 
 
-def test_a_user_trains_on_envpool_resumes_and_plays(in_an_empty_folder):
+def test_a_user_trains_on_envpool(in_an_empty_folder):
     options = "--env-id HalfCheetah-v5 --total-timesteps 100 --start-steps 50 --learning-starts 50 --hidden-sizes 16"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
