@@ -37,7 +37,7 @@ except ImportError as error:
 
 MINATAR = "Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"
 BSUITE = "Catch", "DeepSea", "DiscountingChain", "MemoryChain", "UmbrellaChain"
-MISC = "FourRooms", "FrozenLake", "MetaMaze", "Pong"
+MISC = "FourRooms", "MetaMaze", "Pong"
 CRAFTAX = "Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1"
 OVERCOOKED = "cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit"
 SMAX = "3m", "2s3z", "8m", "25m", "3s5z", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"
@@ -76,7 +76,7 @@ def gymnax_game(name, **params):
 
 
 def craftax_game(name, **params):
-    """Craftax, which says "done" for ends and for the time limit alike: it is told of no limit, which is seen to here."""
+    """Craftax, which says "done" for an end and the time limit alike: it is told of no limit, that is seen to here."""
     from craftax.craftax_env import make_craftax_env_from_name
 
     env = make_craftax_env_from_name(name, auto_reset=False)
@@ -124,16 +124,10 @@ def one_for_all(rewards):
     return rewards[0]
 
 
-def load_jaxmarl():
-    with redirect_stdout(None):  # it prints which of its parts are not there
-        import jaxmarl
-    return jaxmarl
-
-
 def overcooked_game(layout, **options):
     """Two cooks, who get 20 for every soup they serve. What JaxMARL pays for the steps on the way to a soup is not
     part of the reward: info["shaped_reward"] has it, the sum of both cooks'."""
-    jaxmarl = load_jaxmarl()
+    import jaxmarl
     from jaxmarl.environments.overcooked import overcooked_layouts
     from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
 
@@ -151,7 +145,9 @@ def overcooked_game(layout, **options):
 
 def mpe_game(name, **options):
     """Particles that move in a plane, for 26 steps; the team's reward is the sum of its agents'."""
-    env = load_jaxmarl().make(name, **options)
+    import jaxmarl
+
+    env = jaxmarl.make(name, **options)
 
     def draw(state):
         from jaxmarl.environments.mpe import MPEVisualizer
@@ -164,7 +160,7 @@ def mpe_game(name, **options):
 
 def smax_game(scenario, **options):
     """A battle against the heuristic enemy of JaxMARL. One that is decided on the limit's step has ended there."""
-    jaxmarl = load_jaxmarl()
+    import jaxmarl
     from jaxmarl.environments.smax import map_name_to_scenario
 
     env = jaxmarl.make("HeuristicEnemySMAX", scenario=map_name_to_scenario(scenario), **options)
@@ -178,7 +174,9 @@ def smax_game(scenario, **options):
 
 def hanabi_game(**options):
     """Players take turns: who is not asked has one legal action, to do nothing."""
-    env = load_jaxmarl().make("hanabi", **options)
+    import jaxmarl
+
+    env = jaxmarl.make("hanabi", **options)
     return team_game(env, one_for_all, terminated=lambda state: True, legal=env.get_legal_moves)
 
 
@@ -210,12 +208,13 @@ class JaxVectorEnv(gym.vector.VectorEnv):
         obs, state, rewards, terminated, truncated, info = jax.vmap(self.game.step)(step_keys, state, actions)
         stepped = self.shown(obs), self.typed(state)
 
-        def some_are_reset():
-            obs, state = jax.vmap(self.game.reset)(reset_keys)
-            choose = lambda was_over, new, old: jax.tree.map(partial(jnp.where, was_over), new, old)
-            return jax.vmap(choose)(ended, (self.shown(obs), self.typed(state)), stepped)
+        def reset_one(waiting):
+            i, shown_and_state = jnp.argmax(waiting[0]), waiting[1:]
+            fresh = self.game.reset(reset_keys[i])
+            return waiting[0].at[i].set(False), *jax.tree.map(lambda x, new: x.at[i].set(new), shown_and_state, fresh)
 
-        obs, state = jax.lax.cond(ended.any(), some_are_reset, lambda: stepped)
+        # One after the other: few episodes end in the same step, and a new world can cost more than a thousand steps
+        _, obs, state = jax.lax.while_loop(lambda waiting: waiting[0].any(), reset_one, (ended, *stepped))
         rewards, info = jax.tree.map(lambda x: jnp.where(ended, 0, x).astype(jnp.float32), (rewards, info))
         terminated, truncated = terminated & ~ended, truncated & ~ended
         return keys, state, terminated | truncated, (obs, rewards, terminated, truncated, info)
