@@ -190,7 +190,7 @@ class Collector:
         episodes, eval_episodes, mine = [], [], slice(rank * N, (rank + 1) * N)
         # Drawn on the host and for all processes, so that every device and any number of them explore alike
         explore = (torch.rand(T, N * ranks, self.agents)[:, mine] < epsilon).to(self.device)
-        random_numbers = torch.randint(2**31, (T, N * ranks, self.agents))[:, mine].to(self.device)
+        random_numbers = torch.randint(2**27, (T, N * ranks, self.agents))[:, mine].to(self.device)
         for t in range(T):
             self.stored_obs[t] = self.obs[:N]
             actions, self.values[t] = self.act(self.obs, explore[t], random_numbers[t])

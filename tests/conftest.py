@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pqn
 import pqn_atari_envpool
 import pqn_atari_lstm
+import pqn_vdn
 import preqn
 
 
@@ -22,7 +23,7 @@ import preqn
 def in_an_empty_folder(tmp_path, monkeypatch):
     """And what a failed run leaves open there is closed before the folder is left."""
     opened = []
-    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, preqn):
+    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, pqn_vdn, preqn):
         watched = lambda *x, make=script.SummaryWriter, **names: opened.append(make(*x, **names)) or opened[-1]
         monkeypatch.setattr(script, "SummaryWriter", watched)
     monkeypatch.chdir(tmp_path)
