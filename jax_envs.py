@@ -233,7 +233,7 @@ class JaxVectorEnv(gym.vector.VectorEnv):
         if seed is not None or self.keys is None:
             words = lambda seed, count: np.random.SeedSequence(seed).generate_state(2 * count).reshape(count, 2)
             each = not (seed is None or np.isscalar(seed))
-            self.keys = np.concatenate([words(x, 1) for x in seed]) if each else words(seed, self.num_envs)
+            self.keys = jnp.asarray(np.concatenate([words(x, 1) for x in seed]) if each else words(seed, self.num_envs))
         self.keys, self.state, self.ended, obs = self.compiled_reset(self.keys)
         return jax.tree.map(np.array, obs), {}
 
