@@ -153,8 +153,8 @@ def evaluate(script, run_folder, episodes):
 
     seen, over = {}, set()
 
-    def watch(envs, actions, step_envs=script.step_envs):
-        obs, *_, ended = result = step_envs(envs, actions)
+    def watch(envs, actions, *more, step_envs=script.step_envs):
+        obs, *_, ended = result = step_envs(envs, actions, *more)
         for i in range(len(obs)):
             if i not in over:
                 seen[i] = zlib.crc32(np.ascontiguousarray(obs[i]), seen.get(i, 0))
