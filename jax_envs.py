@@ -209,11 +209,12 @@ class JaxVectorEnv(gym.vector.VectorEnv):
         stepped = self.shown(obs), self.typed(state)
 
         def reset_one(waiting):
-            i, shown_and_state = jnp.argmax(waiting[0]), waiting[1:]
-            fresh = self.game.reset(reset_keys[i])
-            return waiting[0].at[i].set(False), *jax.tree.map(lambda x, new: x.at[i].set(new), shown_and_state, fresh)
+            i = jnp.argmax(waiting[0])
+            obs, state = self.game.reset(reset_keys[i])
+            fresh = False, self.shown(obs), self.typed(state)
+            return jax.tree.map(lambda x, new: x.at[i].set(new), waiting, fresh)
 
-        # One after the other: few episodes end in the same step, and a new world can cost more than a thousand steps
+        # One after the other: few episodes end in the same step, and a new world of Craftax costs as much as many steps
         _, obs, state = jax.lax.while_loop(lambda waiting: waiting[0].any(), reset_one, (ended, *stepped))
         rewards, info = jax.tree.map(lambda x: jnp.where(ended, 0, x).astype(jnp.float32), (rewards, info))
         terminated, truncated = terminated & ~ended, truncated & ~ended
