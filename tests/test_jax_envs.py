@@ -39,7 +39,7 @@ def dice(end=4, limit=6):
         return show(state, 0.0), state
 
     def step(key, state, action):
-        state = state | {"steps": state["steps"] + 1, "active": state["active"] + (action > 0)}
+        state = state | {"steps": state["steps"] + 1, "active": state["active"] + jnp.int32(action > 0)}
         over = state["active"] >= end
         return show(state, jax.random.uniform(key)), state, action * 10 + 1, over, state["steps"] >= limit, {"odd": 5}
 
