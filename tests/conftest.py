@@ -11,6 +11,7 @@ import tiny_envs
 import torch
 import torch.nn as nn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import pqn
 import pqn_atari_envpool
@@ -26,6 +27,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, pqn_vdn, preqn):
         watched = lambda *x, make=script.SummaryWriter, **names: opened.append(make(*x, **names)) or opened[-1]
         monkeypatch.setattr(script, "SummaryWriter", watched)
+    # Files of one second are read in the order of their names, which end with a count: 9 would come after 10
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     monkeypatch.chdir(tmp_path)
     yield
     for writer in opened:
