@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# MinAtar by pqn.py, with the authors' settings but for the network: two hidden layers, no convolution.
+# MinAtar by pqn.py with the authors' settings; and with a network that sees no picture, only a vector.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export SEEDS=${SEEDS:-1-3}
 
 for game in ${GAMES:-Breakout SpaceInvaders Asterix Freeway}; do
-  echo "python pqn.py --env-id jax_envs:$game-MinAtar-v0 --total-timesteps ${STEPS:-10000000} --num-envs 128 --num-steps 32" \
-    "--num-minibatches 32 --update-epochs 2 --learning-rate 5e-4 --end-e 0.05 --exploration-fraction 0.1 --q-lambda 0.65" \
-    "--reward-scale 1 --hidden-sizes 256 128 --num-eval-envs 16"
+  command="python pqn.py --env-id jax_envs:$game-MinAtar-v0 --total-timesteps ${STEPS:-10000000} --num-envs 128"
+  command+=" --num-steps 32 --num-minibatches 32 --update-epochs 2 --learning-rate 5e-4 --end-e 0.05"
+  command+=" --exploration-fraction 0.1 --q-lambda 0.65 --reward-scale 1 --num-eval-envs 16"
+  echo "convolution: $command --hidden-sizes 128"
+  echo "flat: $command --conv-channels 0 --hidden-sizes 256 128"
 done | python benchmark/launch.py jax/minatar "$@"
