@@ -40,7 +40,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
@@ -109,13 +108,12 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} has {action_space} actions: Discrete ones are needed, or at most 10,000 combinations")
     if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: Box or Discrete ones are needed, and not empty")
-    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: AutoresetMode.NEXT_STEP is needed")
     return envs
 
 
 def spaces(envs):
-    """Observation and action space of one environment."""
     space = lambda name: getattr(envs, f"single_{name}", None) or getattr(envs, name)
     return space("observation_space"), space("action_space")
 
@@ -488,9 +486,8 @@ def main(args: Args):
         restore(checkpoint, network, optimizer, generators, diverged_at)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several gain little on so small networks, and stall where other programs run
-    run = Run(args, optimizer.weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         measures, before = measure(network, measured, learning_rates, args)
         if not checkpoint:
             run.log(step, learning_rates, measures, diverged_at, evaluate(network, args, step, device))
@@ -589,7 +586,7 @@ def restore(checkpoint, network, optimizer, generators, diverged_at):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -683,6 +680,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():

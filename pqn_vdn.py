@@ -38,11 +38,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Whole = Annotated[int, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -58,8 +58,7 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 64  # environments stepped in parallel
     num_steps: Count = 16  # steps in each environment between two rounds of learning
-    # further environments that act greedily beside the training ones and are never trained on
-    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 8
+    num_eval_envs: Whole = 8  # further environments that act greedily beside the training ones and are not trained on
 
     learning_rate: Positive = 7.5e-5  # learning rate of RAdam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the schedule
@@ -75,7 +74,7 @@ class Args:
     max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
     reward_scale: Positive = 1.0  # rewards are multiplied by this in the targets, not in the logged returns
     # environment steps over which a reward for the steps on the way (info["shaped_reward"], Overcooked) fades to 0
-    shaping_timesteps: Annotated[int, "at least 0", lambda x: x >= 0] = 2_500_000
+    shaping_timesteps: Whole = 2_500_000
     independent: bool = False  # no decomposition: each agent learns the team's return by a TD error of its own
 
     agent_index: bool = True  # each agent is told which one it is; needless where observations tell them apart
@@ -114,13 +113,12 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} is not for teams: PQN needs {hint} in its observations, not {observation_space}")
     if action_space.shape != parts["action_mask"].shape[:1]:
         fail(f"{args.env_id} has {action_space} actions: PQN needs one Discrete action for each agent")
-    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
     return envs
 
 
 def spaces(envs):
-    """Observation and action space of one environment."""
     space = lambda name: getattr(envs, f"single_{name}", None) or getattr(envs, name)
     return space("observation_space"), space("action_space")
 
@@ -203,16 +201,14 @@ class Collector:
             self.lengths += ~self.ended
             self.ended = terminated | truncated
             for i in np.flatnonzero(over):
-                kept = episodes if i < N else eval_episodes
-                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                (episodes if i < N else eval_episodes).append((int(i), float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
         _, self.values[T] = self.act(self.obs, explore[0], random_numbers[0])  # its actions are not used
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("the environment returned a reward that is not finite")
         on_host = self.rewards, self.terminated, self.truncated, self.real
-        rewards, terminated, truncated, real = (torch.from_numpy(x).to(self.device) for x in on_host)
-        rollout = self.stored_obs, self.actions, rewards, self.values, terminated, truncated, real
-        return rollout, episodes, eval_episodes
+        moved = (torch.from_numpy(x).to(self.device) for x in on_host)
+        return (self.stored_obs, self.actions, self.values, *moved), episodes, eval_episodes
 
 
 # ----------------------------------------------------------------------------------------------------- network
@@ -402,9 +398,8 @@ def main(args: Args):
     if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 200_000:
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
-    run = Run(args, optimizer.weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         collector = Collector(envs, network, mine, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
@@ -412,7 +407,7 @@ def main(args: Args):
             network.eval()
             shaping = linear_schedule(1.0, 0.0, step, args.shaping_timesteps)
             rollout, episodes, eval_episodes = collector.collect(epsilon, shaping)
-            obs, actions, rewards, values, terminated, truncated, real = rollout
+            obs, actions, values, rewards, terminated, truncated, real = rollout
 
             # Compute targets
             values = decompose(values, args.independent)
@@ -511,7 +506,6 @@ def add_up(tensor):
 
 
 def gather(x):
-    """The x of every process."""
     everyone = [x] * processes()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, x)
@@ -546,7 +540,7 @@ def restore(checkpoint, network, optimizer):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -608,15 +602,13 @@ class Run:
             self.episodes, self.metrics, self.updates = ([], []), np.zeros(3), 0
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
-            words.append(f"ε {epsilon:.3f}")
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}, ε {epsilon:.3f}"
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
+            print(line, end="", flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy while training {greedy}"
 
     def save(self, step, network, optimizer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -640,8 +632,7 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
-            print(", ".join(words))
+            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
             print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -656,6 +647,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():

@@ -42,11 +42,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 
 # The type of an option says which values it may have, in words and as a test: see check()
 Count = Annotated[int, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1]
+Whole = Annotated[int, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0]
 Share = Annotated[float, "in [0, 1]", lambda x: 0 <= x <= 1]
 Positive = Annotated[float, "positive and below 1e30", lambda x: 0 < x < 1e30]
 
@@ -62,10 +62,9 @@ class Args:
     analyse: Annotated[str | None, "a name, as in results/name", lambda x: x is None or Path(x).name] = None
     num_envs: Count = 1  # environments stepped in parallel
     num_steps: Count = 50  # steps in each environment between two rounds of learning, with an update for every step
-    # further environments that act without noise beside the training ones and are never learned from
-    num_eval_envs: Annotated[int, "at least 0", lambda x: x >= 0] = 4
+    num_eval_envs: Whole = 4  # further environments that act without noise beside the training ones, only to be watched
 
-    start_steps: Annotated[int, "at least 0", lambda x: x >= 0] = 5_000  # actions are uniformly random until then
+    start_steps: Whole = 5_000  # actions are uniformly random until then
     learning_starts: Count = 5_000  # transitions in the replay buffer before the first update
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     minibatch_size: Count = 256  # transitions, drawn with replacement, in each update
@@ -115,13 +114,12 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} has {action_space} actions: PreQN needs bounded Box ones, pqn.py takes Discrete ones")
     if not isinstance(observation_space, gym.spaces.Box) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: PreQN needs Box ones, and not empty")
-    if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.NEXT_STEP:
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PreQN needs AutoresetMode.NEXT_STEP")
     return envs
 
 
 def spaces(envs):
-    """Observation and action space of one environment."""
     space = lambda name: getattr(envs, f"single_{name}", None) or getattr(envs, name)
     return space("observation_space"), space("action_space")
 
@@ -188,8 +186,7 @@ class Collector:
             self.rewards[t], self.terminated[t] = rewards[:N], terminated[:N]
             self.returns += rewards
             for i in np.flatnonzero(self.ended):
-                kept = episodes if i < N else eval_episodes
-                kept.append((int(i), float(self.returns[i]), int(self.lengths[i])))
+                (episodes if i < N else eval_episodes).append((int(i), float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
         self.stored_obs[T] = self.obs[:N]
         if not np.isfinite(self.rewards).all():
@@ -406,9 +403,8 @@ def main(args: Args):
     weights = nn.utils.parameters_to_vector(network.parameters())
     if "OMP_NUM_THREADS" not in os.environ and len(weights) < 500_000:
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
-    run = Run(args, weights, checkpoint)
 
-    with run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
+    with Run(args, weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
         collector = Collector(envs, network, args, device)
         while step + batch_size <= args.total_timesteps and not run.stopped:
             # Collect
@@ -564,7 +560,7 @@ def restore(checkpoint, network, optimizer, buffer):
 
 
 class Run:
-    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with run:`
+    """What a run leaves behind and shows: its folder, curves, checkpoint and a line now and then. Within `with`,
     the first Ctrl-C, SIGTERM or SIGHUP sets `stopped`, and the second one ends the process at once."""
 
     def __init__(self, args: Args, weights, checkpoint):
@@ -615,14 +611,13 @@ class Run:
             self.episodes, self.metrics = ([], []), {}
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = [f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left", *self.summary()]
-            while self.live and len(", ".join(words)) >= shutil.get_terminal_size().columns:
-                words.pop()
-            print("\r\033[K" * self.live + ", ".join(words), end="\n" * (not self.live), flush=True)
+            line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}"
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
+            print(line, end="", flush=True)
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
-        return f"return of the last {len(self.last_returns[0])} episodes {train}", f"greedy while training {greedy}"
+        return f"return of the last {len(self.last_returns[0])} episodes {train}, greedy while training {greedy}"
 
     def save(self, step, network, optimizer, buffer):
         """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
@@ -648,8 +643,7 @@ class Run:
     def finish(self, step):
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         self.writer.close()
-        words = f"{'done' if done else 'stopped'} at step {step:,}", f"{self.speed:,.0f} steps/s", *self.summary()
-        print(", ".join(words))
+        print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
         print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if not done:
             raise SystemExit(128 + self.stopped)
@@ -662,6 +656,7 @@ class Run:
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
+        return self
 
     def __exit__(self, kind, error, where):
         for signum, handler in self.handlers.items():
