@@ -71,7 +71,7 @@ class Args:
     max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
     reward_scale: Positive = 0.1  # rewards are multiplied by this in the targets, not in the logged returns
 
-    conv_channels: Whole = 16  # of a 3 × 3 convolution of observations that are height × width × channels; 0 for none
+    conv_channels: Whole = 16  # channels of a 3 × 3 convolution, for height × width × channels observations; 0: none
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (256, 256)
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # after each hidden layer, before its ReLU

@@ -144,9 +144,10 @@ def network_for_pictures(*shape, **options):
 @pytest.mark.parametrize("norm_type", ["layer_norm", "batch_norm", "none"])
 def test_pictures_pass_through_a_convolution_with_its_norm_over_the_channels_of_each_position(norm_type):
     network, obs = network_for_pictures(6, 5, 4, conv_channels=7, norm_type=norm_type), torch.randn(3, 6, 5, 4)
-    convolution, norm, linear = network.body[1], network.body[2], network.body[6]
-    for parameter in (*convolution.parameters(), *norm.parameters()):
+    convolution, linear, norm = network.body[1], network.body[6], pqn.norm_layer(norm_type, 7).eval()
+    for parameter in network.body[:3].parameters():
         torch.nn.init.normal_(parameter)
+    norm.load_state_dict(network.body[2].state_dict())
     expected = torch.zeros(3, 4, 3, 7)
     for i in range(4):
         for j in range(3):
@@ -155,6 +156,11 @@ def test_pictures_pass_through_a_convolution_with_its_norm_over_the_channels_of_
     torch.testing.assert_close(network.body[:6](obs.flatten(1)), expected.flatten(1))
     assert linear.in_features == 4 * 3 * 7
     torch.testing.assert_close(network(obs), network.head(network.body[6:](expected.flatten(1))))
+
+
+def test_the_convolution_starts_he_normal():
+    weight = network_for_pictures(6, 5, 4, conv_channels=5_000).body[1].weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 36), rel=0.02)
 
 
 def test_pictures_are_flattened_on_request_or_where_no_patch_fits():
