@@ -377,8 +377,8 @@ def main(args: Args):
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
-    if "OMP_NUM_THREADS" not in os.environ and len(optimizer.weights) < 200_000:
-        torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
+    if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
+        torch.set_num_threads(1)  # several gain little on so little work, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
     compute_targets = capture(partial(q_lambda_targets, gamma=args.gamma, q_lambda=args.q_lambda), args, device)

@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PARTS = {"act": "acting", "q_lambda_targets": "targets", "train_step": "learning"}
 WARM_UP = 4  # rollouts; CUDA graphs are recorded in them
+THREADS = torch.get_num_threads()  # before a script chooses
 
 
 def wait(device):
@@ -162,6 +163,7 @@ def matmul_peak(device, dtype):
 
 def measure(script, options, rollouts):
     """All there is to know about the script with these options, as a dict of (median, quartile, quartile) and more."""
+    torch.set_num_threads(THREADS)  # the script chooses for itself, after what it did for another value of a sweep
     args = lambda: tyro.cli(script.Args, args=options)
     device, settings = script.pick_device(args().device), args()
     precision = script.pick_precision(settings.precision, device) if hasattr(settings, "precision") else "fp32"

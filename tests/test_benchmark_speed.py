@@ -98,7 +98,11 @@ def sweep(monkeypatch, *options, busy=0.0):
 
 
 def test_a_sweep_leaves_a_csv_whose_plot_can_be_drawn_again(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     sweep(monkeypatch)
+    assert chosen == 2 * [speed.THREADS, 1, 1]  # main() runs twice for each value
     assert capsys.readouterr().out.count("| whole script |") == 2
     plot = Path("out/pqn__num_envs.png")
     drawn = plot.read_bytes()

@@ -95,10 +95,16 @@ def test_a_small_network_takes_one_thread_and_a_user_s_choice_stands(script, tra
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     train(options_for(script))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    large = {pqn: {"hidden_sizes": (300_000,)}, recurrent: {"lstm_size": 400}}
+    large = {pqn: {"hidden_sizes": (30_000,)}, recurrent: {"lstm_size": 400}}
     if script in large:
         train(options_for(script, **large[script], total_timesteps=42, num_minibatches=1, update_epochs=1))
+    if script is pqn:  # 66,000 weights, and 240 transitions or 320
+        many = {"num_envs": 6, "num_steps": 40, "total_timesteps": 240, "num_minibatches": 1, "hidden_sizes": (7_333,)}
+        train(options_for(script, **many | {"num_envs": 8, "total_timesteps": 320}))
     assert chosen == []
+    if script is pqn:
+        train(options_for(script, **many))
+        assert chosen.pop() == 1
     train(options_for(script, **{} if script is not recurrent else {"lstm_size": 8}))
     assert chosen == [1]
 
