@@ -1,4 +1,4 @@
-"""benchmark/faults.py, running_input.py and speed.py."""
+"""benchmark/faults.py, half_pools.py, running_input.py and speed.py."""
 
 import importlib
 import sys
@@ -14,6 +14,7 @@ import torch
 from bench_examples import colours, in_an_empty_folder  # noqa: F401
 
 import faults  # isort: skip
+import half_pools  # isort: skip
 import running_input  # isort: skip
 import pqn  # isort: skip
 import speed  # isort: skip
@@ -149,3 +150,43 @@ def test_running_statistics_of_the_input_make_no_observation_depend_on_the_other
     torch.testing.assert_close(layer(obs), (obs - obs.mean(0)) / obs.std(0), atol=0.1, rtol=0)
     reference.load_state_dict(network.state_dict())  # play.py plays it as pqn.py's
     torch.testing.assert_close(reference.eval()(obs), network.eval()(obs))
+
+
+def test_half_pools_step_every_environment_as_often_in_each_way_and_one_half_while_the_other_acts(capsys, monkeypatch):
+    log = []
+
+    class Half(half_pools.Half):
+        def __init__(self, script, network, args, num_envs, seed):
+            super().__init__(script, network, args, num_envs, seed)
+            self.size = num_envs
+
+        def act(self, script):
+            log.append(("act", self.size))
+            super().act(script)
+
+        def send(self):
+            log.append(("send", self.size))
+            super().send()
+
+        def receive(self):
+            super().receive()
+            log.append(("receive", self.size))
+
+    monkeypatch.setattr(half_pools, "Half", Half)
+    monkeypatch.setattr(half_pools, "cores_in_use", lambda: 0.0)
+    options = "--script pqn --rollouts 1 --num-envs 6 --num-eval-envs 2 --num-steps 3".split()
+    monkeypatch.setattr(sys, "argv", ["half_pools.py", *options])
+    half_pools.main()
+    out = capsys.readouterr().out
+    assert [out.count(way) for way in ("all at once", "two halves in turn", "while the other acts")] == [1, 1, 1]
+    rollout = len(log) // 2  # of the three ways, one after the other
+    whole, turn, overlap = log[:9], log[9:27], log[27:rollout]
+    assert (
+        whole == [("act", 8), ("send", 8), ("receive", 8)] * 3 and turn == [("act", 4), ("send", 4), ("receive", 4)] * 6
+    )
+    assert {what: overlap.count((what, 4)) for what in ("send", "receive")} == {"send": 6, "receive": 6}
+    assert log[rollout:] == log[:rollout]
+    for i, (what, _) in enumerate(
+        overlap[1:-1], 1
+    ):  # nothing but acting comes between sending one half and the other's return
+        assert what != "act" or overlap[i - 1][0] != "act"
