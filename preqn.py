@@ -327,7 +327,8 @@ def preqn_update(network, optimizer, minibatch, args: Args, number: int):
     update_actor(network, optimizer, obs)
     metrics = {"td_loss": 0.5 * errors.square().mean(), "q_values": q_values.mean(), "rejected": 1 - accepted}
     metrics |= {"proposed_alignment": cosines[0], "halvings": len(cosines) - 1}
-    return metrics | ({"alignment": cosines[-1]} if accepted else {}) | (describe(K, args) if number == 0 else {})
+    metrics |= {"alignment": cosines[-1]} if accepted else {}
+    return metrics | (describe(K, args) if number % args.num_steps == 0 else {})
 
 
 def update_actor(network, optimizer, obs):
@@ -362,7 +363,8 @@ def td3_update(network, optimizer, minibatch, args: Args, number: int):
         next_actions = (network.target.action(next_obs) + noise).clamp(-1, 1)
         next_values = torch.minimum(*(network.target.value(next_obs, next_actions, k) for k in range(2)))
         targets = rewards + args.gamma * ~terminated * next_values
-    facts = describe(kernel(q_gradients(network.critics[0], obs, actions)[1]), args) if number == 0 else {}
+    described = number % args.num_steps == 0
+    facts = describe(kernel(q_gradients(network.critics[0], obs, actions)[1]), args) if described else {}
     q_values = [network.value(obs, actions, k) for k in range(2)]
     loss = sum(F.mse_loss(q, targets) for q in q_values)
     step_adam(optimizer, loss, list(network.critics.parameters()))
@@ -416,7 +418,7 @@ def main(args: Args):
             # Learn: as many updates as there were steps
             updates = []
             if len(buffer) >= args.learning_starts:
-                for number in range(batch_size):
+                for number in range(step - batch_size, step):  # through the whole run, for TD3's delay
                     minibatch = buffer.sample(args.minibatch_size)
                     updates.append(update(network, optimizer, minibatch, args, number))
             if not all(w.isfinite().all() for w in network.parameters()):
