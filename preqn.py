@@ -110,8 +110,9 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
         fail(f"cannot make {args.env_id}: {error}")
-    if not isinstance(action_space, gym.spaces.Box) or 0 in action_space.shape or not action_space.is_bounded():
-        fail(f"{args.env_id} has {action_space} actions: PreQN needs bounded Box ones, pqn.py takes Discrete ones")
+    real = isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
+    if not real or 0 in action_space.shape or not action_space.is_bounded():
+        fail(f"{args.env_id} has {action_space} actions: PreQN needs bounded real ones, pqn.py takes Discrete ones")
     if not isinstance(observation_space, gym.spaces.Box) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: PreQN needs Box ones, and not empty")
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
@@ -203,7 +204,10 @@ class ReplayBuffer:
 
     def __init__(self, size, observation_space, action_space, device):
         obs, actions = (size, *observation_space.shape), (size, math.prod(action_space.shape))
-        self.data = [torch.empty(shape, device=device) for shape in (obs, actions, (size,), obs)]
+        try:
+            self.data = [torch.empty(shape, device=device) for shape in (obs, actions, (size,), obs)]
+        except RuntimeError as error:
+            fail(f"no memory for --buffer-size {size}: {error}")
         self.data.append(torch.empty(size, dtype=torch.bool, device=device))
         self.added = 0  # transitions that have ever been added: the next one takes the place of the oldest
 

@@ -61,6 +61,10 @@ class Unbounded(Counting):
     action_space = gym.spaces.Box(-np.inf, 1, (2,))
 
 
+class Integers(Counting):
+    action_space = gym.spaces.Box(0, 5, (2,), np.int32)
+
+
 class NoFinite(Counting):
     def step(self, action):
         obs, reward, *rest = super().step(action)
@@ -72,6 +76,7 @@ gym.register("Ending-v0", entry_point=Counting, kwargs={"end": 4})
 gym.register("BothEnds-v0", entry_point=Counting, kwargs={"end": 4}, max_episode_steps=4)
 gym.register("FailingPush-v0", entry_point=Failing, max_episode_steps=4)
 gym.register("Unbounded-v0", entry_point=Unbounded)
+gym.register("Integers-v0", entry_point=Integers)
 gym.register("NoFinite-v0", entry_point=NoFinite, max_episode_steps=4)
 
 
@@ -591,7 +596,8 @@ BAD = [
     ("--env-id CartPole-v1", "pqn.py takes Discrete"),
     ("--env-id Pong-v5", "pqn.py takes Discrete"),
     ("--env-id HalfCheetah-v4x", "cannot make"),
-    ("--env-id Unbounded-v0", "bounded Box"),
+    ("--env-id Unbounded-v0", "bounded real"),
+    ("--env-id Integers-v0 --total-timesteps 50", "bounded real"),
     ("--alignment 1.5", "--alignment"),
     ("--alignment nan", "--alignment"),
     ("--critic-step 0", "--critic-step"),
@@ -603,6 +609,7 @@ BAD = [
     ("--gamma 1.01", "--gamma"),
     ("--minibatch-size 0", "--minibatch-size"),
     ("--buffer-size 100", "--buffer-size"),
+    ("--buffer-size 1e16", "no memory for --buffer-size"),
     ("--learning-starts 0", "--learning-starts"),
     ("--hidden-sizes 0", "--hidden-sizes"),
     ("--total-timesteps 49", "no rollout of 50 steps"),
