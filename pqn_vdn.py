@@ -149,7 +149,7 @@ def act(network, obs, explore, random_numbers):
     q_values = network(obs)
     values, actions = q_values.max(2)
     N = len(explore)
-    legal = q_values[:N] > -torch.inf
+    legal = network.legal(obs[:N])
     k = random_numbers % legal.sum(2)  # the k-th legal action, counted from 0, is the one after all with k or fewer
     random_actions = (legal.cumsum(2) <= k.unsqueeze(2)).sum(2)
     actions[:N] = torch.where(explore, random_actions, actions[:N])
@@ -236,11 +236,14 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         view = obs[..., : -self.num_actions].reshape(-1, *self.view_shape).float()
-        legal = obs[..., -self.num_actions :] > 0
         features = self.convolutions(view.permute(0, 3, 1, 2)) if self.grid else view
         inputs = torch.cat([features.flatten(1), self.index.repeat(len(obs), 1)], 1)
-        q_values = self.head(self.body(inputs)).view(legal.shape)
-        return q_values.masked_fill(~legal & legal.any(2, keepdim=True), -torch.inf)
+        q_values = self.head(self.body(inputs)).view(*obs.shape[:2], self.num_actions)
+        return q_values.masked_fill(~self.legal(obs), -torch.inf)
+
+    def legal(self, obs):
+        mask = obs[..., -self.num_actions :] > 0
+        return mask | ~mask.any(2, keepdim=True)  # where nothing is legal, it does not matter what is done
 
 
 class ChannelLayerNorm(nn.LayerNorm):

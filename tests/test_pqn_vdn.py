@@ -96,6 +96,14 @@ def test_where_nothing_is_legal_values_stay_finite():
     assert network_for((3,))(obs)[2, 1].isfinite().all()
 
 
+def test_random_actions_are_legal_also_where_q_values_are_not_numbers():
+    network = network_for((3,))
+    torch.nn.init.constant_(network.head.bias, torch.nan)
+    obs, legal = random_obs(50)
+    actions, _ = pqn_vdn.act(network, obs, torch.ones(50, 2, dtype=bool), torch.randint(2**27, (50, 2)))
+    assert legal.gather(2, actions.unsqueeze(2)).all()
+
+
 def test_agents_who_see_the_same_are_told_apart_by_their_index_and_by_nothing_else():
     obs = torch.cat([torch.randn(5, 1, 3).expand(-1, 2, -1), torch.ones(5, 2, 4)], 2)
     told_apart, alike = network_for((3,))(obs), network_for((3,), agent_index=False)(obs)
