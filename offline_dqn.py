@@ -59,7 +59,9 @@ class Args:
     device: str = "auto"  # any torch device; "auto" takes CUDA when present
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     dataset: str | None = None  # train on the transitions in this .npz file, whose layout load_dataset() tells
-    num_transitions: Count = 10_000  # transitions that are collected otherwise, for each seed
+    minari: str | None = None  # train on this Minari data set (first `pip install "minari[hdf5]"; minari download ID`)
+    # transitions that are collected otherwise, for each seed
+    num_transitions: Annotated[int, "at least 2", lambda x: x >= 2] = 10_000
     uniform_states: bool = False  # each of them starts in a state drawn uniformly (MountainCar-v0, Pendulum-v1)
     # a Box action space is cut into so many even values in each dimension, and all their combinations are the actions
     values_per_action: Annotated[int, "at least 2", lambda x: x >= 2] = 3
@@ -89,6 +91,8 @@ class Args:
 def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
     """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
     copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+    if args.env_id == "toy":
+        fail("the toy task is a data set: there is no environment to play in")
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
     kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
@@ -174,7 +178,7 @@ def make_data(args: Args, device):
         observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(8)
     else:
         observation_space, action_space = spaces(make_envs(args, 1, (args.seed,)))
-    if args.dataset is not None:  # which all seeds share
+    if args.dataset is not None or args.minari is not None:  # which all seeds share
         parts = [load_dataset(args, observation_space, action_space)] * args.num_seeds
     else:
         parts = [collect(args, action_space, args.seed + i) for i in range(args.num_seeds)]
@@ -200,7 +204,8 @@ def collect(args: Args, action_space, seed):
         kept.append([x[~ended].copy() for x in (obs, actions, rewards, next_obs, terminated, truncated)])
         obs, ended = next_obs.copy(), terminated | truncated
     arrays = [np.concatenate(x)[:M] for x in zip(*kept, strict=True)]
-    return arrays if np.isfinite(arrays[2]).all() else fail(f"{args.env_id} returned a reward that is not finite")
+    finite = all(np.isfinite(x).all() for x in arrays)
+    return arrays if finite else fail(f"{args.env_id} returned an observation or a reward that is not finite")
 
 
 def collect_uniformly(env_id, actions, table, random):
@@ -217,29 +222,57 @@ def collect_uniformly(env_id, actions, table, random):
 
 
 def load_dataset(args: Args, observation_space, action_space):
-    """The transitions in a file of numpy.savez(), M of them:
+    """The transitions in a file of numpy.savez(), M of them, or the same from a Minari data set:
 
     observations, next_observations    (M, *shape of an observation)
     actions, rewards                   (M,); actions are whole numbers from 0, the rows of action_table()
     terminated, truncated              (M,) true where the episode ended in the next observation, or was cut short there
     """
     names = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
-    table, refuse = action_table(action_space, args), lambda words: fail(f"--dataset {args.dataset}: {words}")
+    source = f"--dataset {args.dataset}" if args.minari is None else f"--minari {args.minari}"
+    refuse = lambda words: fail(f"{source}: {words}")
     try:
-        with np.load(args.dataset) as file:
-            arrays = {name: file[name] for name in names}
+        if args.minari is not None:
+            arrays = load_minari(args.minari)
+        else:
+            with np.load(args.dataset) as file:
+                arrays = [file[name] for name in names]
     except Exception as error:
-        refuse(str(error))
-    M = len(np.atleast_1d(arrays["actions"]))
-    for name in names:
-        array, shape = arrays[name], (M, *(observation_space.shape if "observations" in name else ()))
-        if array.shape != shape or M == 0:
+        kind = "a file of numpy.savez()" if args.minari is None else "a Minari data set"
+        install = ': pip install "minari[hdf5]"' * isinstance(error, ImportError)
+        refuse(f"cannot be read as {kind}: {error}{install}")
+    M, allowed = len(np.atleast_1d(arrays[1])), {"actions": range(len(action_table(action_space, args)))}
+    allowed |= {"terminated": range(2), "truncated": range(2)}
+    if isinstance(observation_space, gym.spaces.Discrete):
+        states = range(int(observation_space.start), int(observation_space.start + observation_space.n))
+        allowed |= {"observations": states, "next_observations": states}
+    for name, array in zip(names, arrays, strict=True):
+        shape = (M, *(observation_space.shape if "observations" in name else ()))
+        if array.shape != shape:
             refuse(f"{name} must have the shape {shape}, not {array.shape}")
-        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-            refuse(f"{name} has values that are not finite numbers")
-    if not np.isin(arrays["actions"], np.arange(len(table))).all():
-        refuse(f"actions must be whole numbers from 0 to {len(table) - 1}")
-    return [arrays[name] for name in names]
+        if array.dtype.kind not in "biuf" or not (np.abs(array.astype(float)) < 1e38).all():
+            refuse(f"{name} has values that are not finite numbers below 1e38")
+        if name in allowed and not np.isin(array, allowed[name]).all():
+            refuse(f"{name} must be whole numbers from {allowed[name][0]} to {allowed[name][-1]}")
+    return arrays if M > 1 else refuse("two transitions are needed at least")
+
+
+def load_minari(name):
+    """The six arrays. An episode of T steps has T + 1 observations in a Minari data set: the successor of its last step
+    is among them, and no transition leads from an episode to the next."""
+    import minari
+
+    data = minari.load_dataset(name)
+    if not isinstance(data.action_space, gym.spaces.Discrete):
+        raise TypeError(f"it has {data.action_space} actions: Discrete ones are needed")
+    if not isinstance(data.observation_space, gym.spaces.Box | gym.spaces.Discrete):
+        raise TypeError(f"it has {data.observation_space} observations: Box or Discrete ones are needed")
+    start = data.action_space.start
+    episodes = [
+        (x.observations[:-1], x.actions - start, x.rewards, x.observations[1:], x.terminations, x.truncations)
+        for x in data.iterate_episodes()
+    ]
+    return [np.concatenate(x) for x in zip(*episodes, strict=True)]
 
 
 def minibatches(data, generators, args: Args, number):
@@ -497,13 +530,14 @@ def main(args: Args):
             for batch in minibatches(data, generators, args, args.measure_interval):
                 largest = train_step(network, optimizer, batch, args.gamma)
                 step += 1
-                diverged_at = torch.where(
-                    (diverged_at < 0) & ~(largest <= args.limit), step, diverged_at
-                )  # Measure, evaluate, log
+                diverged_at = torch.where((diverged_at < 0) & ~(largest <= args.limit), step, diverged_at)
+
+            # Measure, evaluate, log
             measures, before = measure(network, measured, learning_rates, args, before)
             over = step >= args.gradient_steps
             returns = evaluate(network, args, step, device) if over or step % args.eval_interval == 0 else None
             run.log(step, learning_rates, measures, diverged_at, returns)
+
             # Checkpoint
             if step % args.checkpoint_interval < args.measure_interval:
                 run.save(step, network, optimizer, generators, diverged_at)
@@ -537,6 +571,8 @@ def check(args: Args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
+    if args.dataset is not None and args.minari is not None:
+        fail("--dataset and --minari both name the data: leave one out")
     if args.uniform_states and args.env_id not in ("MountainCar-v0", "Pendulum-v1"):
         fail(f"--uniform-states knows the states of MountainCar-v0 and Pendulum-v1, not those of {args.env_id}")
     if args.eval_interval % args.measure_interval or args.gradient_steps % args.measure_interval:
@@ -625,7 +661,7 @@ class Run:
         for name, x in zip(self.columns[3:], self.table[-1].T[3:], strict=True):
             for rate, mean in zip(self.args.learning_rate, x.view(-1, S).nanmean(1).tolist(), strict=True):
                 if not math.isnan(mean):
-                    self.writer.add_scalar(f"{name}/learning_rate_{rate:.2g}", mean, step)
+                    self.writer.add_scalar(f"{name}/learning_rate_{rate:g}", mean, step)
         now, total = time.monotonic(), self.args.gradient_steps
         self.speed = (step - self.first_step) / (now - self.started)
         if now - self.shown > 10 and self.speed:
@@ -668,7 +704,8 @@ class Run:
                 words += f", diverged at step {at:.0f} (foreseen at 80% of the way: {foreseen:.0f})"
             print(words)
         print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
-        print("evaluate the best copy with python play.py" if done else "go on with --resume", self.folder)
+        advice = "its measures.csv is in" if self.args.env_id == "toy" else "evaluate the best copy with python play.py"
+        print(advice if done else "go on with --resume", self.folder)
         if not done:
             raise SystemExit(128 + self.stopped)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -458,6 +459,15 @@ def test_play_plays_the_copy_with_the_best_last_return(capsys):
     assert len(returns) == 3 and (returns >= 8).all()
 
 
+def test_the_toy_task_ends_with_its_measures_and_play_says_that_nothing_can_be_played(capsys):
+    folder, *_ = train(env_id="toy")
+    assert "play.py" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        play.main(play.Args(run_folder=str(folder)))
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1 and "no environment to play" in line
+
+
 def test_evaluation_reports_the_return_of_each_copys_own_first_episodes():
     args = script.Args(env_id="tiny_envs:Terminating-v0", num_eval_envs=3, hidden_sizes=(4,))
     network = script.QNetwork(gym.spaces.Discrete(6), gym.spaces.Discrete(2), args, copies=2)
@@ -499,6 +509,45 @@ def test_a_users_data_set_is_what_every_seed_trains_on():
         np.testing.assert_allclose(x.numpy(), np.stack([arrays[name]] * 2), rtol=1e-6)
     _, checkpoint, _ = train(dataset="data.npz")
     assert checkpoint["step"] == 8
+
+
+@pytest.fixture
+def save_minari(tmp_path, monkeypatch):
+    """Makes a Minari data set `tiny-v0` of two episodes, of 3 steps and of 2, in which observation t is t."""
+    pytest.importorskip("h5py")
+    minari = pytest.importorskip("minari")
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    from minari.data_collector import EpisodeBuffer
+
+    def save(action_space, observation_space=None, observe=lambda times: [np.full(4, t, np.float32) for t in times]):
+        parts = []
+        for first, T in (0, 3), (10, 2):
+            flags = [t == T - 1 for t in range(T)]
+            parts.append(
+                EpisodeBuffer(
+                    observations=observe(range(first, first + T + 1)),
+                    actions=[action_space.sample() * 0 + getattr(action_space, "start", 0) + t % 2 for t in range(T)],
+                    rewards=[0.5 * t for t in range(T)],
+                    terminations=[first == 0 and flag for flag in flags],
+                    truncations=[first == 10 and flag for flag in flags],
+                )
+            )
+        spaces = {"action_space": action_space, "observation_space": observation_space or gym.spaces.Box(-99, 99, (4,))}
+        with warnings.catch_warnings(action="ignore"):  # it would like to know the author
+            minari.create_dataset_from_buffers("tiny-v0", parts, data_format="hdf5", **spaces)
+
+    return save
+
+
+def test_no_transition_of_a_minari_data_set_leads_over_the_end_of_an_episode(save_minari):
+    save_minari(gym.spaces.Discrete(2, start=5))
+    args = script.Args(minari="tiny-v0", num_seeds=2, num_transitions=7)
+    obs, actions, rewards, next_obs, terminated, truncated = (x[1].tolist() for x in script.make_data(args, "cpu")[2])
+    assert obs == [[t] * 4 for t in (0, 1, 2, 10, 11)] and next_obs == [[t] * 4 for t in (1, 2, 3, 11, 12)]
+    assert actions == [0, 1, 0, 0, 1] and rewards == [0, 0.5, 1, 0, 0.5]
+    assert terminated == [False, False, True, False, False] and truncated == [False] * 4 + [True]
+    assert train(minari="tiny-v0")[1]["step"] == 8
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -557,12 +606,39 @@ def test_bad_options_are_refused_in_one_line(options, named, refusal):
         ({"actions": np.full(40, 0.5)}, "actions"),
         ({"actions": np.zeros(0)}, "observations"),
         ({"terminated": np.array(["no"] * 40)}, "terminated"),
+        ({"truncated": np.full(40, 0.5)}, "truncated must be whole numbers from 0 to 1"),
+        ({"rewards": np.full(40, 1e300)}, "rewards has values that are not finite"),
     ],
-    ids="missing length width nan range fraction empty words".split(),
+    ids="missing length width nan range fraction empty words half large".split(),
 )
 def test_a_bad_data_set_is_refused_by_name(changes, words, refusal):
     save_dataset(**changes)
     assert words in (line := refusal("--dataset", "data.npz")) and "data.npz" in line
+
+
+@pytest.mark.parametrize("values", [6, -1, 0.5])
+def test_discrete_observations_are_states_of_the_environment(values, refusal):
+    save_dataset(observations=np.full(40, values), next_observations=np.zeros(40), actions=np.zeros(40))
+    assert "observations must be whole numbers from 0 to 5" in refusal(
+        "--env-id", "tiny_envs:Terminating-v0", "--dataset", "data.npz"
+    )
+
+
+def test_a_minari_data_set_that_does_not_fit_is_refused_by_name(save_minari, refusal):
+    assert "--minari none-v0" in refusal("--minari", "none-v0")
+    save_minari(gym.spaces.Box(-1, 1, (1,)))
+    assert "Discrete ones are needed" in refusal("--minari", "tiny-v0")
+    assert "leave one out" in refusal("--minari", "tiny-v0", "--dataset", "data.npz")
+
+
+def test_a_minari_data_set_of_dictionaries_is_refused_by_name(save_minari, refusal):
+    save_minari(gym.spaces.Discrete(2), gym.spaces.Dict(x=gym.spaces.Discrete(99)), lambda times: {"x": list(times)})
+    assert "Box or Discrete ones are needed" in refusal("--minari", "tiny-v0")
+
+
+def test_without_the_package_the_line_says_how_to_install_it(monkeypatch, refusal):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    assert 'pip install "minari[hdf5]"' in refusal("--minari", "tiny-v0")
 
 
 def test_a_file_that_is_no_data_set_is_refused(refusal):
