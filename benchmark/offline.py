@@ -116,11 +116,17 @@ def interval(values):
     return values.mean(), T95[len(values)] * values.std(ddof=1) / len(values) ** 0.5
 
 
+def tasks_of(rows):
+    return [task for task in PAPER if any(row["task"] == task for row in rows)]
+
+
 def returns(rows, path):
     """003's Table 1: of each seed the mean over learning rates and evaluations, of the seeds mean and interval."""
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    tasks = tasks_of(rows)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), layout="constrained", squeeze=False)
     table, best = [], []
-    for axis, (task, published) in zip(axes, PAPER.items(), strict=True):
+    for axis, task in zip(axes[0], tasks, strict=True):
+        published = PAPER[task] if rows[0]["optimizer"] == "sgd" else (np.nan,) * 5  # the table is of SGD
         cells, rates = [task, str(int(column([r for r in rows if r["task"] == task], "steps")[0]))], [task]
         first = [
             np.mean(column(x, "first_return"))
@@ -142,7 +148,7 @@ def returns(rows, path):
             cells.append(f"{mean:.1f} ± {half:.1f} [{'' if np.isnan(paper) else f'{paper:.1f}'}]")
         table.append(cells)
         best.append(rates)
-    axes[0].legend()
+    axes[0, 0].legend()
     figure.savefig(path, dpi=80)
     names = list(NORMS.values())
     text = markdown(["task", "steps", "random", *names], table)
@@ -161,9 +167,10 @@ def spearman(x, y):
 def interference(rows, path):
     """003's Fig. 1 and 2: a point for each learning rate, with and without LayerNorm, the mean of its seeds."""
     metrics = "qgi sgi mgi dgi gi2 iso".split()
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
+    tasks = tasks_of(rows)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(3.75 * len(tasks), 7), layout="constrained", squeeze=False)
     table, pairs = [], []
-    for (upper, lower), task in zip(axes.T, PAPER, strict=True):
+    for (upper, lower), task in zip(axes.T, tasks, strict=True):
         points = []
         for (norm, _), x in groups([r for r in rows if r["task"] == task], "variant", "learning_rate").items():
             if norm in ("none", "layer_norm"):
@@ -277,7 +284,7 @@ def seem(rows):
 def seem_of_tasks(rows):
     """The same for the runs of Table 1: at their first measurement, for copies that had not diverged by then."""
     table = []
-    for task in PAPER:
+    for task in tasks_of(rows):
         for norm in NORMS:
             mine = [r for r in rows if (r["task"], r["variant"]) == (task, norm)]
             running = [r for r in mine if not 0 <= r["diverged_at"] <= r["first_step"]]
@@ -326,14 +333,16 @@ def report(folder):
     """All tables to tables.md, all figures beside it."""
     plt.switch_backend("Agg")
     folder = Path(folder)
-    table1 = read(folder / "table1.csv")
-    parts = {
-        "Mean return": returns(table1, folder / "returns.png"),
-        "Correlation with the loss": interference(table1, folder / "interference.png"),
-    }
+    parts = {}
+    for path in sorted(folder.glob("table1*.csv")):  # of SGD and, where it was made, of Adam
+        rows, end = read(path), path.stem.removeprefix("table1")
+        parts["Mean return" + end.replace("_", ", ")] = returns(rows, folder / f"returns{end}.png")
+        parts["Correlation with the loss" + end.replace("_", ", ")] = interference(
+            rows, folder / f"interference{end}.png"
+        )
+        parts["SEEM, tasks of Table 1" + end.replace("_", ", ")] = seem_of_tasks(rows)
     parts["Crash steps and Adam, toy task"] = toy(read(folder / "toy.csv"), folder / "toy.png")
     parts["SEEM, toy task"] = seem(read(folder / "seem.csv"))
-    parts["SEEM, tasks of Table 1"] = seem_of_tasks(table1)
     parts["NTK relative to its value at (0.1, 0.2)"] = ntk(folder / "ntk.png")
     text = "".join(f"## {title}\n\n{part}" for title, part in parts.items())
     (folder / "tables.md").write_text(text.rstrip() + "\n")

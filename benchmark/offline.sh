@@ -3,6 +3,7 @@
 # growth, SEEM and the NTK maps of "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL".
 # Without arguments all of it; `benchmark/offline.sh table1 CartPole-v1` or `toy` or `seem` or `report` one part.
 # STEPS and SEEDS set the length of Table 1's runs. Those of the page had 5,000 steps (CartPole, MountainCar) and 2,000.
+# OPTIMIZER=adam makes a set of its own, table1_adam.csv: Table 1 was trained with SGD.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -19,11 +20,13 @@ run() {  # what is made of the run, the set it is added to, the name of the vari
 }
 
 table1() {
+  local task norm start set=table1 optimizer=${OPTIMIZER:-sgd}
+  [ "$optimizer" = sgd ] || set=table1_$optimizer
   for task in "$@"; do
     case $task in MountainCar-v0 | Pendulum-v1) start=--uniform-states ;; *) start= ;; esac
     for norm in none layer_norm batch_norm weight_norm; do
       # shellcheck disable=SC2086
-      run means table1 "$norm" --env-id "$task" --norm-type $norm $start --num-seeds "${SEEDS:-3}" \
+      run means $set $norm --optimizer "$optimizer" --env-id "$task" --norm-type $norm $start --num-seeds "${SEEDS:-3}" \
         --gradient-steps "${STEPS:-5000}" --measure-interval 500 --eval-interval 500 --num-eval-envs 3
     done
   done
