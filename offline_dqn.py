@@ -10,7 +10,7 @@ measurements are in measures.csv in the run's folder. The algorithm ends with ma
 
     python offline_dqn.py --env-id CartPole-v1 --norm-type layer_norm
     python offline_dqn.py --env-id Pendulum-v1 --uniform-states --norm-type none --learning-rate 0.01 0.001
-    python offline_dqn.py --env-id toy --action-input --norm-type none --learning-rate 1e-4 --measure-interval 10
+    python offline_dqn.py --env-id toy --num-transitions 100 --norm-type none --learning-rate 0.01 --measure-interval 10
     python play.py runs/CartPole-v1__offline_dqn__1__1700000000
 """
 
@@ -51,7 +51,7 @@ Rates = Annotated[tuple[float, ...], "positive, and at least one", lambda x: x a
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the plane of 004's Appendix E
+    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the walk of 004's Appendix E
     gradient_steps: Count = 10_000  # gradient steps of the run, made by every copy
     # copies have this seed, the next one and so on: each seed has its own data set, first weights and minibatches
     seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
@@ -78,7 +78,8 @@ class Args:
     # of each hidden layer, before its ReLU and without learned scale or shift (weight norm learns its length g)
     norm_type: Literal["layer_norm", "batch_norm", "weight_norm", "none"] = "layer_norm"
     dropout: Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1] = 0.0  # share of hidden units left out in training
-    action_input: bool = False  # the action is an input of the network (004, §2), not one of its outputs (003, §2)
+    # the action is an input of the network (004, §2), not one of its outputs (003, §2); of the toy task always
+    action_input: bool = False
     measure_interval: Count = 1_000  # gradient steps between two measurements
     measure_batch: Annotated[int, "at least 2", lambda x: x >= 2] = 128  # transitions of each seed that they take
     eval_interval: Count = 1_000  # gradient steps between two evaluations; a multiple of --measure-interval
@@ -124,8 +125,8 @@ def spaces(envs):
 
 def action_table(action_space, args: Args):
     """What the environment is told for each action: (A,) or (A, dimensions)."""
-    if args.env_id == "toy":  # moves on a plane
-        return np.array([(0.01 * x, 0.01 * y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y], dtype=np.float32)
+    if args.env_id == "toy":  # directions on a plane
+        return np.array([(math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)], dtype=np.float32)
     if isinstance(action_space, gym.spaces.Discrete):
         return action_space.start + np.arange(action_space.n, dtype=np.int32)
     values = np.linspace(action_space.low, action_space.high, args.values_per_action, dtype=np.float32)
@@ -191,9 +192,11 @@ def collect(args: Args, action_space, seed):
     """--num-transitions with uniformly random actions, as load_dataset() lists them. EnvPool and Gymnasium reset on the
     step *after* an episode's end: that phantom step, whose action is ignored, is left out."""
     random, table, M = np.random.default_rng((seed, 1)), action_table(action_space, args), args.num_transitions
-    if args.env_id == "toy":  # no reward, no end (004, Appendix E)
-        obs, actions, none = random.standard_normal((M, 2)), random.integers(8, size=M), np.zeros(M)
-        return obs, actions, none, obs + table[actions], none, none
+    if args.env_id == "toy":  # one walk without reward or end, whose steps and noise are those of 004's published code
+        actions, none = random.integers(8, size=M), np.zeros(M)
+        steps = 0.1 * table[actions] + 0.02 * random.random((M, 2))
+        states = random.random(2) + np.concatenate([np.zeros((1, 2)), steps.cumsum(0)])
+        return states[:-1], actions, none, states[1:], none, none
     if args.uniform_states:
         return collect_uniformly(args.env_id, random.integers(len(table), size=M), table, random)
     envs = make_envs(args, 10, (seed, 2))
@@ -301,12 +304,11 @@ class QNetwork(nn.Module):
         self.first = int(observation_space.start) if self.discrete else 0
         self.inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
         table = action_table(action_space, args)
-        described = None  # what the network is shown of each action; of the toy task not in units of 0.01 but 10
-        if args.action_input:
+        described = None  # what the network is shown of each action
+        if args.action_input or args.env_id == "toy":
             described = torch.as_tensor(table if table.ndim == 2 else np.eye(len(table)), dtype=torch.float32)
-            described *= 1000 if args.env_id == "toy" else 1
         self.register_buffer("described", described, persistent=False)
-        ends = (self.inputs + described.shape[1], 1) if args.action_input else (self.inputs, len(table))
+        ends = (self.inputs, len(table)) if described is None else (self.inputs + described.shape[1], 1)
         sizes = [ends[0], *args.hidden_sizes, ends[1]]
         make = lambda shapes: nn.ParameterList([nn.Parameter(torch.zeros(copies, *shape)) for shape in shapes])
         self.weights = make(zip(sizes[1:], sizes, strict=False))

@@ -32,28 +32,24 @@ table1() {
   done
 }
 
-toy() {  # 100 state-action pairs of the plane, all of them in every step; the action is an input of the network
-  local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --norm-type none --action-input"
+toy() {  # 100 state-action pairs of a walk on the plane, all of them in every step
+  local all="--env-id toy --num-transitions 100 --measure-batch 100 --norm-type none" layers
   # shellcheck disable=SC2086
-  run curves toy sgd_2 $all --hidden-sizes 200 --learning-rate 1e-4 --num-seeds 5 \
-    --gradient-steps 1000 --measure-interval 10 --eval-interval 1000
+  run curves toy sgd_2 $all --hidden-sizes 200 --learning-rate 0.01 --num-seeds 5 \
+    --gradient-steps 1000 --measure-interval 5
   # shellcheck disable=SC2086
-  run curves toy sgd_3 $all --hidden-sizes 200 200 --learning-rate 1e-4 --num-seeds 3 \
-    --gradient-steps 1200 --measure-interval 20 --eval-interval 1200
+  run curves toy sgd_3 $all --hidden-sizes 200 200 --learning-rate 0.01 --num-seeds 5 \
+    --gradient-steps 1000 --measure-interval 5
   for layers in "200" "200 200"; do
     # shellcheck disable=SC2086
     run curves toy "adam_$(wc -w <<< "x $layers")" $all --hidden-sizes $layers --optimizer adam --num-seeds 3 \
       --learning-rate 1e-3 --gradient-steps 2000 --measure-interval 100 --eval-interval 2000 --limit 1e20
   done
-  # With the paper's learning rate: an output for each action
-  # shellcheck disable=SC2086
-  run curves toy paper_outputs ${all% *} --hidden-sizes 200 --learning-rate 0.01 0.02 --num-seeds 5 \
-    --gradient-steps 2000 --measure-interval 200 --eval-interval 2000
 }
 
 seem() {
-  local all="--env-id toy --num-transitions 100 --measure-batch 100 --batch-size 100 --action-input --hidden-sizes 200"
-  all="$all --learning-rate 1e-4 --num-seeds 5 --gradient-steps 1000 --measure-interval 50 --eval-interval 1000"
+  local norm gamma all="--env-id toy --num-transitions 100 --measure-batch 100 --hidden-sizes 200 --learning-rate 0.01"
+  all="$all --num-seeds 5 --gradient-steps 1000 --measure-interval 50"
   for gamma in 0.5 0.9 0.99; do
     for norm in none layer_norm batch_norm weight_norm; do
       # shellcheck disable=SC2086

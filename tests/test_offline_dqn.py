@@ -2,6 +2,7 @@
 that train alone; its data, refusals, checkpoints and what play.py makes of them."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -190,6 +191,13 @@ def test_the_crash_is_foreseen_exactly_where_errors_follow_the_law(depth):
     assert script.predicted_crash(steps, 1 / steps[:, None], depth).isinf().all()  # these errors fall
 
 
+def test_the_report_foresees_the_crash_of_a_network_whose_first_layer_is_larger(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    offline = importlib.import_module("offline")
+    steps = np.arange(100.0, 150, 5)
+    assert offline.crash_of_unbalanced(steps, 1 / np.sinh(0.01 * (300 - steps))) == pytest.approx(300, abs=0.1)
+
+
 def test_alignments_compare_with_the_measurement_before():
     network, batch, args = make(norm_type="none")
     rates = torch.ones(2, dtype=torch.float64)
@@ -360,14 +368,16 @@ def test_seeds_have_their_own_data_and_minibatches_and_learning_rates_of_a_seed_
         assert torch.equal(obs[i], data[0][i, drawn]) and torch.equal(obs[2 + i], data[0][i, drawn])
 
 
-def test_the_toy_task_is_a_plane_with_eight_moves_of_a_hundredth():
-    _, action_space, data = script.make_data(script.Args(env_id="toy", num_transitions=500, num_seeds=1), "cpu")
+def test_the_toy_task_is_one_walk_in_eight_directions_shown_to_the_network():
+    args = script.Args(env_id="toy", num_transitions=500, num_seeds=1)
+    observation_space, action_space, data = script.make_data(args, "cpu")
     obs, actions, rewards, next_obs, terminated, truncated = (x[0] for x in data)
-    moves = {tuple(x) for x in (100 * (next_obs - obs)).round().int().tolist()}
-    assert len(moves) == 8 and (0, 0) not in moves and action_space.n == 8
-    assert all(
-        len({tuple(x) for x in (100 * (next_obs - obs))[actions == a].round().int().tolist()}) == 1 for a in range(8)
-    )
+    network = script.QNetwork(observation_space, action_space, args)
+    directions = {tuple(x) for x in (10 * network.described).round().int().tolist()}
+    assert len(directions) == 8 and network.described.norm(dim=1).tolist() == pytest.approx([1] * 8)
+    noise = next_obs - obs - 0.1 * network.described[actions]
+    assert -1e-5 < noise.min() < 0.001 and 0.019 < noise.max() < 0.02001  # the walk drifts to the upper right
+    assert torch.equal(next_obs[:-1], obs[1:]) and 0 <= obs[0].min() and obs[0].max() <= 1
     assert not rewards.any() and not terminated.any() and not truncated.any()
 
 
