@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import pqn
 import pqn_atari_envpool as atari
 import pqn_atari_lstm as recurrent
+import pqn_lstm
 
 aten, OTHER = torch.ops.aten, torch.device("meta")
 ONE_VALUE = aten._local_scalar_dense.default
@@ -107,8 +108,8 @@ def watch(script, options, monkeypatch, rollouts=3):
 
     monkeypatch.setattr(script, "QNetwork", Network)
     monkeypatch.setattr(script, "pick_device", lambda name: OTHER)
-    if script is pqn:  # it has no graphs, but acting and a gradient step must not wait there either
-        monkeypatch.setattr(pqn, "partial", lambda *args: capture(partial(*args)))
+    if script in (pqn, pqn_lstm):  # they have no graphs, but acting and a gradient step must not wait there either
+        monkeypatch.setattr(script, "partial", lambda *args: capture(partial(*args)))
     else:
         monkeypatch.setattr(script, "capture", capture)
     monkeypatch.setattr(script.Run, "log", logged)
@@ -131,8 +132,10 @@ def watch(script, options, monkeypatch, rollouts=3):
         (atari, {}, 1, 20, 91),
         (recurrent, {}, 2, 39, 234),
         (recurrent, {"memory_window": 2}, 2, 39, 281),
+        (pqn_lstm, {}, 2, 30, 213),
+        (pqn_lstm, {"memory_window": 2}, 2, 30, 251),
     ],
-    ids=["pqn", "atari", "recurrent", "recurrent with a window"],
+    ids=["pqn", "atari", "atari-lstm", "atari-lstm with a window", "lstm", "lstm with a window"],
 )
 def test_the_host_waits_once_a_step_and_for_nothing_that_is_captured(
     script, options, sent_each_step, to_act, to_learn, monkeypatch
@@ -246,7 +249,7 @@ def test_what_is_recorded_has_been_called_with_the_same_layout_before(script, mo
 # ------------------------------------------------------------------------------------------------- out of memory
 
 
-@pytest.mark.parametrize("script", [pqn, atari, recurrent])
+@pytest.mark.parametrize("script", [pqn, atari, recurrent, pqn_lstm])
 @pytest.mark.parametrize("where", ["td_loss", "Collector"])
 def test_out_of_memory_is_one_line_and_exit_code_1(script, where, monkeypatch, capsys):
     def too_much(*_):
@@ -254,7 +257,7 @@ def test_out_of_memory_is_one_line_and_exit_code_1(script, where, monkeypatch, c
 
     monkeypatch.setattr(script, where, too_much)
     monkeypatch.setattr(script, "SummaryWriter", MagicMock())
-    env_id = "CartPole-v1" if script is pqn else "Pong-v5"
+    env_id = "CartPole-v1" if script in (pqn, pqn_lstm) else "Pong-v5"
     with pytest.raises(SystemExit) as exit:
         script.main(script.Args(**TINY, env_id=env_id, device="cpu", total_timesteps=48))
     message = capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 import pqn
 import pqn_atari_envpool as atari
 import pqn_atari_lstm as recurrent
+import pqn_lstm
 
 SIZES = dict(num_envs=6, num_steps=7, num_eval_envs=2, num_minibatches=3, update_epochs=2, seed=7)
 # Schedules over more than the run's 5 rollouts of 42 steps; curves with a point for every two of them
@@ -28,8 +29,10 @@ PQN = OPTIONS | dict(env_id="tiny_envs:Eventful-v0", hidden_sizes=(16, 8), rewar
         (atari.Args(**ATARI), literal.Algorithm1),
         (recurrent.Args(**ATARI, lstm_size=8), literal.RecurrentAlgorithm1),
         (recurrent.Args(**ATARI | dict(num_minibatches=6), lstm_size=8, memory_window=3), literal.RecurrentAlgorithm1),
+        (pqn_lstm.Args(**PQN, lstm_size=8), literal.RecurrentAlgorithm1),
+        (pqn_lstm.Args(**PQN | dict(num_minibatches=6), lstm_size=8, memory_window=3), literal.RecurrentAlgorithm1),
     ],
-    ids=["pqn", "pqn-normalised-input", "pqn-single-transitions", "atari", "lstm", "lstm-window"],
+    ids="pqn pqn-normalised-input pqn-single-transitions atari atari-lstm atari-lstm-window lstm lstm-window".split(),
 )
 def test_a_resumed_run_ends_where_a_literal_one_does(args, transcription, monkeypatch, train, curves, eventful_games):
     script = __import__(type(args).__module__)
@@ -57,12 +60,12 @@ def test_a_resumed_run_ends_where_a_literal_one_does(args, transcription, monkey
         assert [x for _, x in logged[name]] == pytest.approx([x for _, x in points], rel=1e-3, abs=1e-5), name
 
 
-SCRIPTS = [pqn, atari, recurrent]
+SCRIPTS = [pqn, atari, recurrent, pqn_lstm]
 
 
 def options_for(script, **options):
     """Few steps in environments of every kind of end."""
-    return script.Args(**(PQN if script is pqn else ATARI) | dict(total_timesteps=84) | options)
+    return script.Args(**(PQN if script in (pqn, pqn_lstm) else ATARI) | dict(total_timesteps=84) | options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -95,7 +98,7 @@ def test_a_small_network_takes_one_thread_and_a_user_s_choice_stands(script, tra
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     train(options_for(script))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    large = {pqn: {"hidden_sizes": (30_000,)}, recurrent: {"lstm_size": 400}}
+    large = {pqn: {"hidden_sizes": (30_000,)}, recurrent: {"lstm_size": 400}, pqn_lstm: {"lstm_size": 400}}
     if script in large:
         train(options_for(script, **large[script], total_timesteps=42, num_minibatches=1, update_epochs=1))
     if script is pqn:  # 66,000 weights, and 240 transitions or 320
@@ -105,7 +108,7 @@ def test_a_small_network_takes_one_thread_and_a_user_s_choice_stands(script, tra
     if script is pqn:
         train(options_for(script, **many))
         assert chosen.pop() == 1
-    train(options_for(script, **{} if script is not recurrent else {"lstm_size": 8}))
+    train(options_for(script, **{"lstm_size": 8} if script in (recurrent, pqn_lstm) else {}))
     assert chosen == [1]
 
 
@@ -117,7 +120,7 @@ def test_the_defaults_are_the_published_settings(script):
     )
     names += " gamma q_lambda max_grad_norm num_eval_envs norm_type l2_coef schedule_timesteps"
     values = [128, 32, 32, 2, 2.5e-4, False, 1, 0.001, 0.1, 0.99, 0.65, 10, 8, "layer_norm", 0, None]
-    if script is pqn:
+    if script in (pqn, pqn_lstm):
         values = [32, 64, 16, 4, 1e-4, True, 1, 0.2, 0.2, 0.99, 0.95, 10, 8, "layer_norm", 0, None]
         assert (args.total_timesteps, args.reward_scale, args.hidden_sizes) == (500_000, 0.1, (256, 256))
         assert not args.normalize_input

@@ -190,7 +190,7 @@ def test_one_step_of_one_environment_is_equation_1():
     assert torch.allclose(optimizer.weights, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm"])
+@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm", "pqn_lstm"])
 def test_radam_is_pytorchs_after_clipping(script):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(30, 40), torch.nn.Linear(40, 5)]

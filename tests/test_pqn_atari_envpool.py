@@ -317,7 +317,7 @@ def test_the_defaults_need_less_than_2_gib_of_device_memory():
     assert torch.cuda.max_memory_reserved() < 2 * 2**30
 
 
-@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm"])
+@pytest.mark.parametrize("script", ["pqn", "pqn_atari_envpool", "pqn_atari_lstm", "pqn_lstm"])
 def test_every_option_is_described(script):
     source = (ROOT / f"{script}.py").read_text()
     arguments = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Args").body

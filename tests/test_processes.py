@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = "pqn", "pqn_atari_envpool", "pqn_atari_lstm"
+SCRIPTS = "pqn", "pqn_atari_envpool", "pqn_atari_lstm", "pqn_lstm"
 # Its processes are copies of one that has imported everything, which takes longer than what they do
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload([*SCRIPTS, "test_processes"])
@@ -104,7 +104,7 @@ def learn_from_records(name, options, together):
 
     def randperm(n):
         order = shuffle(n // together)
-        if name == "pqn_atari_lstm":  # environments are shuffled
+        if name in ("pqn_atari_lstm", "pqn_lstm"):  # environments are shuffled
             parts = [order + process * len(order) for process in range(together)]
         else:
             N = options["num_envs"] // together
@@ -129,14 +129,16 @@ def learn_from_records(name, options, together):
 
 SIZES = dict(num_envs=4, num_steps=6, num_minibatches=2, total_timesteps=24 * 4, learning_rate=1e-3, l2_coef=0.5)
 ATARI = SIZES | dict(env_id="Pong-v5", precision="fp32", q_lambda=0.9)
-RUNS = [("pqn", SIZES), ("pqn_atari_envpool", ATARI), ("pqn_atari_lstm", ATARI | {"memory_window": 2, "lstm_size": 8})]
+RECURRENT = {"memory_window": 2, "lstm_size": 8}
+RUNS = [("pqn", SIZES), ("pqn_atari_envpool", ATARI), ("pqn_atari_lstm", ATARI | RECURRENT)]
+RUNS += [("pqn_lstm", SIZES | RECURRENT)]
 
 
 def test_two_processes_make_the_updates_of_one_and_one_of_them_writes():
     for ranks, together in ((2, 1), (1, 2)):
         codes, errors = end(start(*[(learn_from_records, *run, together) for run in RUNS], ranks=ranks))
         assert codes == [0] * ranks and not errors, errors
-        assert len(list(Path("runs").glob("*"))) == len(list(Path("runs").glob("*/events*"))) == 3 * together
+        assert len(list(Path("runs").glob("*"))) == len(list(Path("runs").glob("*/events*"))) == len(RUNS) * together
     for name, _ in RUNS:
         which = "process 0 of those that are 1", "process 1 of those that are 1", "process 0 of those that are 2"
         first, second, one = (torch.load(f"{name}, {x}") for x in which)

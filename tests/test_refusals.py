@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pqn
 import pqn_atari_envpool
 import pqn_atari_lstm
+import pqn_lstm
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {module.__name__: module for module in (pqn, pqn_atari_envpool, pqn_atari_lstm)}
+SCRIPTS = {module.__name__: module for module in (pqn, pqn_atari_envpool, pqn_atari_lstm, pqn_lstm)}
 SMALL = pqn.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=1, total_timesteps=320, hidden_sizes=(16,))
 LONGER = "--total-timesteps", "640"
 
@@ -95,35 +96,37 @@ ATARI = zero("noop-max frame-skip stack-num max-episode-steps") + [
     ("--max-episode-steps 3000000000", "cannot make"),
     ("--total-timesteps 100", "4096"),
 ]
+VECTORS = zero("reward-scale hidden-sizes") + [
+    ("--env-id CartPool-v1", "CartPole"),
+    ("--env-id cartpole-v1", "CartPole"),
+    ("--env-id CartPole-v7", "`v1`"),
+    ("--env-id no_such_module:Env-v0", "no_such_module"),
+    ("--env-id Pendulum-v1", "Discrete"),
+    ("--env-id MiniGrid-Empty-5x5-v0", "Box or Discrete"),
+    ("--env-id tiny_envs:Empty-v0", "not empty"),
+    ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
+    ("--total-timesteps 100", "2048"),
+]
+RECURRENT = zero("lstm-size") + [
+    ("--num-envs 10 --num-minibatches 4", "does not divide 10 environments"),
+    ("--memory-window 65", "--memory-window"),
+    ("--memory-window=-1", "--memory-window"),
+    ("--memory-window 4 --norm-type batch_norm", "batch norm"),
+]
 BAD_OPTIONS = {
     "pqn": [
-        *zero("reward-scale hidden-sizes"),
-        ("--env-id CartPool-v1", "CartPole"),
-        ("--env-id cartpole-v1", "CartPole"),
-        ("--env-id CartPole-v7", "`v1`"),
-        ("--env-id no_such_module:Env-v0", "no_such_module"),
-        ("--env-id Pendulum-v1", "Discrete"),
-        ("--env-id MiniGrid-Empty-5x5-v0", "Box or Discrete"),
-        ("--env-id tiny_envs:Empty-v0", "not empty"),
-        ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
+        *VECTORS,
         ("--num-minibatches 7", "2048"),
         ("--num-minibatches 2048 --norm-type batch_norm", "batch norm"),
         ("--num-minibatches 2048 --normalize-input", "batch norm"),
-        ("--total-timesteps 100", "2048"),
     ],
     "pqn_atari_envpool": [
         *ATARI,
         ("--num-minibatches 7", "4096"),
         ("--num-minibatches 4096 --norm-type batch_norm", "batch norm"),
     ],
-    "pqn_atari_lstm": [
-        *ATARI,
-        *zero("lstm-size"),
-        ("--num-envs 10 --num-minibatches 4", "does not divide 10 environments"),
-        ("--memory-window 33", "--memory-window"),
-        ("--memory-window=-1", "--memory-window"),
-        ("--memory-window 4 --norm-type batch_norm", "batch norm"),
-    ],
+    "pqn_atari_lstm": ATARI + RECURRENT,
+    "pqn_lstm": [*VECTORS, *RECURRENT, ("--memory-window 4 --normalize-input", "batch norm")],
 }
 
 

@@ -43,6 +43,26 @@ class Offset(gym.Env):
         return self.show(), reward, bool(self.np_random.random() < 0.1), False, {}
 
 
+class Cue(gym.Env):
+    """Shows 1 or −1, then three times nothing, and then asks which it was: action 1 or 0 pays 1 if it is right and −1
+    if not."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def show(self):
+        return np.array([self.cue * (self.steps == 0), self.steps == 4], dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.cue = 0, int(self.np_random.choice([-1, 1]))
+        return self.show(), {}
+
+    def step(self, action):
+        asked, right = self.steps == 4, (action == 1) == (self.cue == 1)
+        self.steps += 1
+        return self.show(), asked * (1.0 if right else -1.0), asked, False, {}
+
+
 class BothFlags(gym.Env):
     """Every episode is one step long, and reported as terminated and truncated."""
 
@@ -173,6 +193,7 @@ gym.register("TimeLimited-v0", entry_point=PaysOne, max_episode_steps=5)
 gym.register("TimeLimitedCycle-v0", entry_point=PaysOne, kwargs={"cyclic": True}, max_episode_steps=5)
 gym.register("Terminating-v0", entry_point=PaysOne, kwargs={"end": 5})
 gym.register("Offset-v0", entry_point=Offset)
+gym.register("Cue-v0", entry_point=Cue)
 gym.register("BothFlags-v0", entry_point=BothFlags)
 gym.register("Scalar-v0", entry_point=Scalar)
 gym.register("BadReward-v0", entry_point=BadReward)
