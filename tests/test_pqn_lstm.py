@@ -102,11 +102,15 @@ def test_what_is_stored_reproduces_what_was_played(window):
     network = pqn_lstm.QNetwork(*pqn_lstm.spaces(envs), args)
     collector = pqn_lstm.Collector(envs, network, args, CPU)
     ends = 0
-    for _ in range(8):
+    for rollout in range(8):
+        state = [x[:4].clone() for x in collector.state]
         (obs, last_actions, starts, hidden, cell, actions, *_, real), *_ = collector.collect(0.0)
         q_values, _ = network(obs, last_actions, starts, (hidden[0], cell[0]))
         assert len(obs) == window + 6 + 1
         assert torch.equal(q_values[window:-1].argmax(2)[real], actions[real])
+        if window and rollout:  # before the first one there is nothing to replay
+            _, replayed = network(obs[:window], last_actions[:window], starts[:window], (hidden[0], cell[0]))
+            assert all(torch.allclose(*x, atol=1e-5) for x in zip(state, replayed, strict=True))
         ends += (~real).sum()
     assert ends > 10
 
