@@ -444,8 +444,8 @@ def main(args: Args):
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
-    if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # several gain little on so little work, and stall where other programs run
+    if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * args.num_envs < 16e6 * args.num_minibatches:
+        torch.set_num_threads(1)  # several gain little on so little work a step, and stall where other programs run
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped

@@ -98,7 +98,7 @@ def test_a_small_network_takes_one_thread_and_a_user_s_choice_stands(script, tra
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     train(options_for(script))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    large = {pqn: {"hidden_sizes": (30_000,)}, recurrent: {"lstm_size": 400}, pqn_lstm: {"lstm_size": 400}}
+    large = {pqn: {"hidden_sizes": (30_000,)}, recurrent: {"lstm_size": 400}, pqn_lstm: {"lstm_size": 1000}}
     if script in large:
         train(options_for(script, **large[script], total_timesteps=42, num_minibatches=1, update_epochs=1))
     if script is pqn:  # 66,000 weights, and 240 transitions or 320
