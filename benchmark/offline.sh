@@ -2,7 +2,7 @@
 # offline_dqn.py: Table 1 and Fig. 1-2 of "How Does Layer Normalization Improve Deep Q-learning?"; crash steps, Adam's
 # growth, SEEM and the NTK maps of "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL".
 # Without arguments all of it; `benchmark/offline.sh table1 CartPole-v1` or `toy` or `seem` or `report` one part.
-# STEPS and SEEDS set the length of Table 1's runs. Those of the page had 5,000 steps (CartPole, MountainCar) and 2,000.
+# STEPS and SEEDS set the length of Table 1's runs. Those of the page have 40,000 steps and 3 seeds.
 # OPTIMIZER=adam makes a set of its own, table1_adam.csv: Table 1 was trained with SGD.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
@@ -27,7 +27,7 @@ table1() {
     for norm in none layer_norm batch_norm weight_norm; do
       # shellcheck disable=SC2086
       run means $set $norm --optimizer "$optimizer" --env-id "$task" --norm-type $norm $start --num-seeds "${SEEDS:-3}" \
-        --gradient-steps "${STEPS:-5000}" --measure-interval 500 --eval-interval 500 --num-eval-envs 3
+        --gradient-steps "${STEPS:-40000}" --measure-interval 500 --eval-interval 500 --num-eval-envs 3
     done
   done
 }
