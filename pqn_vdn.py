@@ -399,7 +399,7 @@ def main(args: Args):
     if checkpoint:
         restore(checkpoint, network, optimizer)
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # several gain little on so little work, and stall where other programs run
+        torch.set_num_threads(1)  # more gain little on that (80: the optimiser's part) and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped

@@ -71,7 +71,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--script", default="pqn_atari_envpool", help="the script whose environments and network")
+    names = "pqn_atari_envpool", "pqn"
+    parser.add_argument("--script", choices=names, default=names[0], help="whose environments and network")
     parser.add_argument("--rollouts", type=int, default=12, help="rollouts collected in each way")
     args, options = parser.parse_known_args()
     script = importlib.import_module(args.script)

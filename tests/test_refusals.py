@@ -109,7 +109,6 @@ VECTORS = zero("reward-scale hidden-sizes") + [
 ]
 RECURRENT = zero("lstm-size") + [
     ("--num-envs 10 --num-minibatches 4", "does not divide 10 environments"),
-    ("--memory-window 65", "--memory-window"),
     ("--memory-window=-1", "--memory-window"),
     ("--memory-window 4 --norm-type batch_norm", "batch norm"),
 ]
@@ -125,8 +124,13 @@ BAD_OPTIONS = {
         ("--num-minibatches 7", "4096"),
         ("--num-minibatches 4096 --norm-type batch_norm", "batch norm"),
     ],
-    "pqn_atari_lstm": ATARI + RECURRENT,
-    "pqn_lstm": [*VECTORS, *RECURRENT, ("--memory-window 4 --normalize-input", "batch norm")],
+    "pqn_atari_lstm": [*ATARI, *RECURRENT, ("--memory-window 33", "--memory-window 33 is more")],
+    "pqn_lstm": [
+        *VECTORS,
+        *RECURRENT,
+        ("--memory-window 65", "--memory-window 65 is more"),
+        ("--memory-window 4 --normalize-input", "batch norm"),
+    ],
 }
 
 
