@@ -519,7 +519,7 @@ def main(args: Args):
     diverged_at = torch.full(learning_rates.shape, -1, device=device)
     if checkpoint:
         restore(checkpoint, network, optimizer, generators, diverged_at)
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.getenv("OMP_NUM_THREADS"):
         torch.set_num_threads(1)  # several gain little on so small networks, and stall where other programs run
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped

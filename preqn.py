@@ -77,8 +77,8 @@ class Args:
     # η: a step of PreQN is taken if the cosine between what it does to Q and what it should do is at least this
     alignment: Annotated[float, "in [-1, 1]", lambda x: -1 <= x <= 1] = 0.97
     max_halvings: Annotated[int, "in [0, 100]", lambda x: 0 <= x <= 100] = 10  # of a step before it is given up
-    # eigenvalues of the kernel below this share of the largest one count as 0
-    cutoff: Annotated[float, "in [1e-7, 1)", lambda x: 1e-7 <= x < 1] = 1e-5
+    # eigenvalues of the kernel below this share of the largest one count as 0; below 1e-7 float32 cannot tell
+    cutoff: Annotated[float, "in [1e-7, 1)", lambda x: 1e-7 <= x < 1] = 1e-7
     target_decay: Share = 0.995  # share of TD3's target networks that an update of theirs keeps
 
     activation: Literal["sin", "relu", "tanh"] = "sin"  # of actor and critic
@@ -407,7 +407,7 @@ def main(args: Args):
         restore(checkpoint, network, optimizer, buffer)
     update = td3_update if args.critic == "td3" else preqn_update
     weights = nn.utils.parameters_to_vector(network.parameters())
-    if "OMP_NUM_THREADS" not in os.environ and len(weights) < 500_000:
+    if not os.getenv("OMP_NUM_THREADS") and len(weights) < 500_000:
         torch.set_num_threads(1)  # several gain little on so small a network, and stall where other programs run
 
     with Run(args, weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
