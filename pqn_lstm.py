@@ -515,7 +515,7 @@ def check(args: Args):
     if args.num_envs // ranks % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide {args.num_envs // ranks} environments")
     if (args.norm_type == "batch_norm" or args.normalize_input) and (args.memory_window > 0 or ranks > 1):
-        fail("batch norm needs all steps of a minibatch in one process, and none of them twice in a --memory-window")
+        fail("batch norm, of --normalize-input too, needs a single process and no step twice, as in a --memory-window")
     if args.memory_window > args.num_steps:
         fail(f"--memory-window {args.memory_window} is more than the --num-steps {args.num_steps} of a rollout")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):

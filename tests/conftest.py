@@ -18,6 +18,7 @@ import pqn_atari_envpool
 import pqn_atari_lstm
 import pqn_lstm
 import pqn_vdn
+import pqn_vdn_lstm
 import preqn
 
 
@@ -25,7 +26,7 @@ import preqn
 def in_an_empty_folder(tmp_path, monkeypatch):
     """And what a failed run leaves open there is closed before the folder is left."""
     opened = []
-    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, pqn_lstm, pqn_vdn, preqn):
+    for script in (pqn, pqn_atari_envpool, pqn_atari_lstm, pqn_lstm, pqn_vdn, pqn_vdn_lstm, preqn):
         watched = lambda *x, make=script.SummaryWriter, **names: opened.append(make(*x, **names)) or opened[-1]
         monkeypatch.setattr(script, "SummaryWriter", watched)
     # Files of one second are read in the order of their names, which end with a count: 9 would come after 10

@@ -159,7 +159,7 @@ class RecurrentAlgorithm1(Algorithm1):
         return q_values[0], state
 
     def look(self):
-        row = self.obs, self.last_actions, self.first
+        row = self.row()
         with torch.no_grad():
             q_values, state = self.unroll(row, self.state)
         self.ahead = (row, self.state, state)
@@ -176,20 +176,10 @@ class RecurrentAlgorithm1(Algorithm1):
         return list(range(self.args.num_envs))
 
     def terms(self, items):
-        T, start = self.args.num_steps, len(self.rows) - self.args.num_steps
+        T = self.args.num_steps
         if not any(self.real[t][n] for t in range(T) for n in items):
             return []
-        rows = [*self.rows, (self.obs, self.last_actions, self.first)]
-        row = lambda k: [[x[n] for n in items] for x in rows[k]]
-        warm_up = max(0, start - self.args.memory_window)
-        state = tuple(x[items] for x in self.states[warm_up])
-        for k in range(warm_up, start):
-            with torch.no_grad():
-                _, state = self.unroll(row(k), state)
-        q_values = []
-        for k in range(start, start + T + 1):
-            q_value, state = self.unroll(row(k), state)
-            q_values.append(q_value)
+        q_values = self.unrolled(items)
         values = [[0.0] * self.args.num_envs for _ in range(T + 1)]
         for t in range(T + 1):
             for b, n in enumerate(items):
@@ -200,3 +190,149 @@ class RecurrentAlgorithm1(Algorithm1):
             for b, n in enumerate(items)
             if self.real[t][n]
         ]
+
+    def unrolled(self, items):
+        """Q-values of these environments at every step of the rollout and after it, by the network as it is now."""
+        T, start = self.args.num_steps, len(self.rows) - self.args.num_steps
+        rows = [*self.rows, self.row()]
+        row = lambda k: [[x[n] for n in items] for x in rows[k]]
+        warm_up = max(0, start - self.args.memory_window)
+        state = self.state_of(items, warm_up)
+        for k in range(warm_up, start):
+            with torch.no_grad():
+                _, state = self.unroll(row(k), state)
+        q_values = []
+        for k in range(start, start + T + 1):
+            q_value, state = self.unroll(row(k), state)
+            q_values.append(q_value)
+        return q_values
+
+    def row(self):
+        return self.obs, self.last_actions, self.first
+
+    def state_of(self, items, k):
+        return tuple(x[items] for x in self.states[k])
+
+
+class TeamAlgorithm1(Algorithm1):
+    """Algorithm 1 for a team, written out slowly. The masks are applied here: the network is told that all is legal."""
+
+    def q_values(self, views):
+        views = torch.from_numpy(np.stack(views))
+        return self.network(torch.cat([views, torch.ones(len(views), 2, 4)], 2))
+
+    def best(self, q_values, mask):
+        return max((a for a in range(4) if mask[a]), key=lambda a: q_values[a])
+
+    def look(self):
+        with torch.no_grad():
+            q_values = self.q_values(self.obs["agents_view"]).tolist()
+        best = [[self.best(q, mask) for q, mask in zip(*x, strict=True)] for x in self.both(q_values)]
+        values = [[q[a] for q, a in zip(*x, strict=True)] for x in zip(q_values, best, strict=True)]
+        return best, values
+
+    def both(self, q_values):
+        return zip(q_values, self.obs["action_mask"].tolist(), strict=True)
+
+    def rollout(self, last=False):
+        args, T, N = self.args, self.args.num_steps, self.args.num_envs
+        step = self.rollouts * T * N
+        decay_ends = args.exploration_fraction * args.schedule_timesteps
+        self.epsilon = args.end_e
+        if step < decay_ends:
+            self.epsilon = args.start_e * (1 - step / decay_ends) + args.end_e * step / decay_ends
+        shaping = max(0.0, 1 - step / args.shaping_timesteps) if hasattr(args, "shaping_timesteps") else 0.0
+        explore, numbers = torch.rand(T, N, 2), torch.randint(2**27, (T, N, 2))
+        self.network.eval()
+        names = "seen actions rewards values terminated truncated real".split()
+        for name in names:
+            setattr(self, name, [])
+        for t in range(T):
+            actions, values = self.look()
+            for n in range(N):
+                for i in range(2):
+                    if explore[t, n, i] < self.epsilon:
+                        legal = [a for a in range(4) if self.obs["action_mask"][n, i, a]]
+                        actions[n][i] = legal[int(numbers[t, n, i]) % len(legal)]
+            happened = next(self.record)
+            assert happened["actions"].tolist() == actions
+            rewards = (happened["score"] + shaping * happened["shaped"]) * self.reward_scale
+            row = self.obs["agents_view"], actions, rewards, values
+            row += happened["terminated"], happened["truncated"], [not phantom for phantom in self.phantom]
+            for name, x in zip(names, row, strict=True):
+                getattr(self, name).append(x)
+            for i in range(len(actions)):
+                self.sums[i] += happened["score"][i]
+                self.lengths[i] += not self.phantom[i]
+                if happened["over"][i]:
+                    (self.episodes if i < N else self.eval_episodes).append((self.sums[i], self.lengths[i]))
+                    (self.returns if i < N else self.eval_returns).append(self.sums[i])
+                    self.sums[i], self.lengths[i] = 0.0, 0
+            self.arrive(happened["obs"], actions)
+            self.phantom = (happened["terminated"] | happened["truncated"]).tolist()
+        self.values.append(self.look()[1])
+        self.learn()
+        self.rollouts += 1
+        step += T * N
+        if step % args.log_interval == 0 or last:
+            self.point(step)
+
+    def terms(self, items):
+        real = [(t, n) for t, n in items if self.real[t][n]]
+        if not real:
+            return []
+        q_values = self.q_values([self.seen[t][n] for t, n in real])
+        terms = []
+        for k, (t, n) in enumerate(real):
+            taken = [q_values[k, i, self.actions[t][n][i]] for i in range(2)]
+            if self.args.independent:
+                terms += [(self.goal(t, n, lambda values, i=i: values[i]), taken[i]) for i in range(2)]
+            else:
+                terms.append((self.goal(t, n, sum), sum(taken)))
+        return terms
+
+    def goal(self, t, n, value):
+        columns = [[row[n] for row in rows] for rows in (self.rewards, self.values, self.terminated, self.truncated)]
+        columns[1] = [value(values) for values in columns[1]]
+        return float(target(t, *columns, self.args.gamma, self.args.q_lambda))
+
+
+class RecurrentTeamAlgorithm1(TeamAlgorithm1, RecurrentAlgorithm1):
+    """Both: the state has a row for each agent of each environment."""
+
+    def enter(self, envs):
+        super().enter(envs)
+        self.last_actions = [[0, 0]] * envs.num_envs
+        self.state = self.network.lstm.initial_state(2 * envs.num_envs, "cpu")
+
+    def row(self):
+        return self.obs["agents_view"], self.last_actions, self.first, self.obs["action_mask"]
+
+    def unroll(self, row, state):
+        views, last_actions, first, masks = (torch.from_numpy(np.stack(x))[None] for x in row)
+        everything_legal = torch.cat([views, torch.ones(masks.shape)], 3)
+        q_values, state = self.network(everything_legal, last_actions, first, state)
+        return q_values[0].masked_fill(masks[0] == 0, -torch.inf), state
+
+    def state_of(self, items, k):
+        return tuple(x.view(-1, 2, x.shape[1])[items].flatten(0, 1) for x in self.states[k])
+
+    def look(self):
+        values, actions = RecurrentAlgorithm1.look(self).max(2)
+        return actions.tolist(), values.tolist()
+
+    def terms(self, items):
+        T = self.args.num_steps
+        if not any(self.real[t][n] for t in range(T) for n in items):
+            return []
+        q_values, terms = self.unrolled(items), []
+        values = [[0.0] * self.args.num_envs for _ in range(T + 1)]
+        for t in range(T + 1):
+            for b, n in enumerate(items):
+                values[t][n] = sum(q_values[t][b, i].max().item() for i in range(2))
+        for t in range(T):
+            for b, n in enumerate(items):
+                if self.real[t][n]:
+                    taken = [q_values[t][b, i, self.actions[t][n][i]] for i in range(2)]
+                    terms.append((self.target(t, n, values), sum(taken)))
+        return terms

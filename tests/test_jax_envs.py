@@ -13,6 +13,7 @@ import pytest
 
 import pqn
 import pqn_vdn
+import pqn_vdn_lstm
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # what is compiled here runs a few times
 for package in ("gymnax", "jaxmarl", "craftax"):
@@ -205,10 +206,18 @@ def test_the_scripts_train_in_it(family, tmp_path, monkeypatch):
     name, envs, _ = family
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gym, "make_vec", lambda *_, **__: envs)
-    script = pqn_vdn if name.startswith("mpe") else pqn
-    args = script.Args(env_id=f"jax_envs:{name}", num_envs=2, num_eval_envs=1, num_steps=8, num_minibatches=2)
-    script.main(replace(args, update_epochs=1, total_timesteps=64, hidden_sizes=(16,)))
-    assert len(list(Path("runs").glob("*/checkpoint.pt"))) == 1
+    scripts = (pqn_vdn, pqn_vdn_lstm) if name.startswith("mpe") else (pqn,)
+    for script in scripts:
+        args = script.Args(env_id=f"jax_envs:{name}", num_envs=2, num_eval_envs=1, num_steps=8, num_minibatches=2)
+        script.main(replace(args, update_epochs=1, total_timesteps=64, hidden_sizes=(16,)))
+    assert len(list(Path("runs").glob("*/checkpoint.pt"))) == len(scripts)
+
+
+def test_the_long_memory_chain_asks_after_100_steps():
+    envs = gym.make_vec("jax_envs:MemoryChain100-bsuite-v0", num_envs=1)
+    envs.reset(seed=1)
+    ended = [bool(envs.step(np.zeros(1, np.int32))[2][0]) for _ in range(101)]
+    assert ended == [False] * 100 + [True]
 
 
 def test_the_reward_on_the_way_to_a_soup_is_in_the_info_and_not_in_the_reward():
@@ -305,7 +314,7 @@ def test_every_name_is_registered():
     from jaxmarl.environments.overcooked import overcooked_layouts
     from jaxmarl.environments.smax import map_name_to_scenario
 
-    theirs = {f"{name}-v0" for name in gymnax.registered_envs}
+    theirs = {f"{name}-v0" for name in gymnax.registered_envs} | {"MemoryChain100-bsuite-v0"}
     assert {name for name in jax_envs.NAMES if "MinAtar" in name or "bsuite" in name or "misc" in name} <= theirs
     assert set(jax_envs.OVERCOOKED) <= set(overcooked_layouts) and all(map(map_name_to_scenario, jax_envs.SMAX))
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny_teams
 import torch
-from literal import Algorithm1
-from literal import target as literal_target
+from literal import TeamAlgorithm1
 
 import play
 import pqn
@@ -132,89 +131,6 @@ def test_grids_go_through_padded_convolutions_and_keep_their_layout():
 
 
 # --------------------------------------------------------------------------------------------- value decomposition
-
-
-class TeamAlgorithm1(Algorithm1):
-    """Algorithm 1 for a team, written out slowly. The masks are applied here: the network is told that all is legal."""
-
-    def q_values(self, views):
-        views = torch.from_numpy(np.stack(views))
-        return self.network(torch.cat([views, torch.ones(len(views), 2, 4)], 2))
-
-    def best(self, q_values, mask):
-        return max((a for a in range(4) if mask[a]), key=lambda a: q_values[a])
-
-    def look(self):
-        with torch.no_grad():
-            q_values = self.q_values(self.obs["agents_view"]).tolist()
-        best = [[self.best(q, mask) for q, mask in zip(*x, strict=True)] for x in self.both(q_values)]
-        values = [[q[a] for q, a in zip(*x, strict=True)] for x in zip(q_values, best, strict=True)]
-        return best, values
-
-    def both(self, q_values):
-        return zip(q_values, self.obs["action_mask"].tolist(), strict=True)
-
-    def rollout(self, last=False):
-        args, T, N = self.args, self.args.num_steps, self.args.num_envs
-        step = self.rollouts * T * N
-        decay_ends = args.exploration_fraction * args.schedule_timesteps
-        self.epsilon = args.end_e
-        if step < decay_ends:
-            self.epsilon = args.start_e * (1 - step / decay_ends) + args.end_e * step / decay_ends
-        shaping = max(0.0, 1 - step / args.shaping_timesteps)
-        explore, numbers = torch.rand(T, N, 2), torch.randint(2**27, (T, N, 2))
-        self.network.eval()
-        names = "seen actions rewards values terminated truncated real".split()
-        for name in names:
-            setattr(self, name, [])
-        for t in range(T):
-            actions, values = self.look()
-            for n in range(N):
-                for i in range(2):
-                    if explore[t, n, i] < self.epsilon:
-                        legal = [a for a in range(4) if self.obs["action_mask"][n, i, a]]
-                        actions[n][i] = legal[int(numbers[t, n, i]) % len(legal)]
-            happened = next(self.record)
-            assert happened["actions"].tolist() == actions
-            rewards = (happened["score"] + shaping * happened["shaped"]) * self.reward_scale
-            row = self.obs["agents_view"], actions, rewards, values
-            row += happened["terminated"], happened["truncated"], [not phantom for phantom in self.phantom]
-            for name, x in zip(names, row, strict=True):
-                getattr(self, name).append(x)
-            for i in range(len(actions)):
-                self.sums[i] += happened["score"][i]
-                self.lengths[i] += not self.phantom[i]
-                if happened["over"][i]:
-                    (self.episodes if i < N else self.eval_episodes).append((self.sums[i], self.lengths[i]))
-                    (self.returns if i < N else self.eval_returns).append(self.sums[i])
-                    self.sums[i], self.lengths[i] = 0.0, 0
-            self.arrive(happened["obs"], actions)
-            self.phantom = (happened["terminated"] | happened["truncated"]).tolist()
-        self.values.append(self.look()[1])
-        self.learn()
-        self.rollouts += 1
-        step += T * N
-        if step % args.log_interval == 0 or last:
-            self.point(step)
-
-    def terms(self, items):
-        real = [(t, n) for t, n in items if self.real[t][n]]
-        if not real:
-            return []
-        q_values = self.q_values([self.seen[t][n] for t, n in real])
-        terms = []
-        for k, (t, n) in enumerate(real):
-            taken = [q_values[k, i, self.actions[t][n][i]] for i in range(2)]
-            if self.args.independent:
-                terms += [(self.goal(t, n, lambda values, i=i: values[i]), taken[i]) for i in range(2)]
-            else:
-                terms.append((self.goal(t, n, sum), sum(taken)))
-        return terms
-
-    def goal(self, t, n, value):
-        columns = [[row[n] for row in rows] for rows in (self.rewards, self.values, self.terminated, self.truncated)]
-        columns[1] = [value(values) for values in columns[1]]
-        return float(literal_target(t, *columns, self.args.gamma, self.args.q_lambda))
 
 
 @pytest.mark.parametrize("independent", [False, True], ids=["vdn", "independent"])

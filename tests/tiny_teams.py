@@ -44,6 +44,29 @@ class Strict(Team):
         return self.show(), 1.0, bool(self.np_random.random() < 0.1), False, {}
 
 
+class TeamCue(Team):
+    """Shows each agent 1 or −1, then twice nothing, and then asks which it was: action 1 or 0, the third being illegal.
+    The team is paid 0.5 for each right answer and −0.5 for each wrong one."""
+
+    observation_space = gym.spaces.Dict(
+        {"agents_view": gym.spaces.Box(-1, 1, (2, 2)), "action_mask": gym.spaces.MultiBinary((2, 3))}
+    )
+
+    def show(self):
+        views = np.stack([self.cues * (self.steps == 0), np.full(2, self.steps == 3)], axis=1)
+        return {"agents_view": views.astype(np.float32), "action_mask": np.tile(np.int8([1, 1, 0]), (2, 1))}
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.steps, self.cues = 0, self.np_random.choice([-1, 1], size=2)
+        return self.show(), {}
+
+    def step(self, actions):
+        asked, right = self.steps == 3, (actions == 1) == (self.cues == 1)
+        self.steps += 1
+        return self.show(), asked * float(np.where(right, 0.5, -0.5).sum()), asked, False, {}
+
+
 class EventfulTeam(tiny_envs.Eventful):
     """Random views, masks, rewards and ends, which are kept in `first` and `steps`; info has a shaped reward."""
 
@@ -93,7 +116,7 @@ class TeamOfOne(tiny_envs.Eventful):
         return self.as_team(obs), *rest
 
 
-for task in (Sum, Strict):
+for task in (Sum, Strict, TeamCue):
     gym.register(f"{task.__name__}-v0", entry_point=task)
 for task in (EventfulTeam, EventfulAgent, TeamOfOne):
     gym.register(f"{task.__name__}-v0", vector_entry_point=task)
