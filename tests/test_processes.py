@@ -11,12 +11,13 @@ import time
 import unittest.mock
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = "pqn", "pqn_atari_envpool", "pqn_atari_lstm", "pqn_lstm"
+SCRIPTS = "pqn", "pqn_atari_envpool", "pqn_atari_lstm", "pqn_lstm", "pqn_vdn", "pqn_vdn_lstm"
 # Its processes are copies of one that has imported everything, which takes longer than what they do
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload([*SCRIPTS, "test_processes"])
@@ -76,8 +77,10 @@ class Recorded:
         for name in ("observation_space", "action_space", "metadata"):
             setattr(self, name, getattr(envs, name))
 
-    def observe(self):
-        space = self.observation_space
+    def observe(self, space=None):
+        space = self.observation_space if space is None else space
+        if isinstance(space, gym.spaces.Dict):  # of a team
+            return {name: self.observe(part) for name, part in space.items()}
         draw = [np.random.default_rng((self.time, i)) for i in self.numbers]
         if space.dtype == np.uint8:
             return np.stack([x.integers(0, 256, space.shape, dtype=np.uint8) for x in draw])
@@ -104,7 +107,7 @@ def learn_from_records(name, options, together):
 
     def randperm(n):
         order = shuffle(n // together)
-        if name in ("pqn_atari_lstm", "pqn_lstm"):  # environments are shuffled
+        if name.endswith("lstm"):  # environments are shuffled
             parts = [order + process * len(order) for process in range(together)]
         else:
             N = options["num_envs"] // together
@@ -132,6 +135,8 @@ ATARI = SIZES | dict(env_id="Pong-v5", precision="fp32", q_lambda=0.9)
 RECURRENT = {"memory_window": 2, "lstm_size": 8}
 RUNS = [("pqn", SIZES), ("pqn_atari_envpool", ATARI), ("pqn_atari_lstm", ATARI | RECURRENT)]
 RUNS += [("pqn_lstm", SIZES | RECURRENT)]
+TEAM = SIZES | dict(hidden_sizes=(32,), norm_type="layer_norm")
+RUNS += [("pqn_vdn", TEAM), ("pqn_vdn_lstm", TEAM | RECURRENT | dict(normalize_input=False))]
 
 
 def test_two_processes_make_the_updates_of_one_and_one_of_them_writes():
