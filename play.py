@@ -134,7 +134,7 @@ class Film:
             picture = np.asarray(envs.render())
             picture = picture[0] if picture.ndim == 4 else picture
         except Exception as error:
-            if obs.ndim != 3:
+            if obs.ndim != 3 or hasattr(envs.observation_space, "spaces"):  # what a team sees is no picture
                 fail(f"no video: {error}")
             scaled = obs[0].cpu().numpy().astype(np.float64)
             scaled = (scaled - scaled.min()) / max(np.ptp(scaled), 1e-8) * 255

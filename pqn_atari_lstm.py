@@ -57,7 +57,7 @@ class Args:
     # arithmetic of the network's body; "auto" is bf16 where that is native. On CUDA, fp32 has TF32 convolutions
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cuda_graph: bool = True  # on CUDA, capture acting, targets and gradient step as graphs
-    compile: bool = False  # compile the gradient step: a minute at the start, less time for each step
+    compile: bool = False  # compile the gradient step: minutes at the start, less time for each step
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 128  # environments stepped in parallel
     num_steps: Count = 32  # steps in each environment between two rounds of learning
@@ -87,6 +87,8 @@ class Args:
     max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
 
     lstm_size: Count = 128  # width of the LSTM
+    # bias of the forget gate at the start: at 0 half of the memory is gone after a step, at 4 after 38
+    forget_bias: Annotated[float, "in [-20, 20]", lambda x: -20 <= x <= 20] = 0.0
     # steps of the previous rollout that are replayed to warm the state up, without loss
     memory_window: Whole = 0
     # normalisation before each ReLU: over the channels at each position, over the whole feature map, over the batch
@@ -263,7 +265,7 @@ class QNetwork(nn.Module):
             norm_layer(args.norm_type, 512),
             nn.ReLU(),
         )
-        self.lstm = LSTM(512 + self.num_actions, args.lstm_size)
+        self.lstm = LSTM(512 + self.num_actions, args.lstm_size, args.forget_bias)
         self.head = initialise(nn.Linear(args.lstm_size, self.num_actions), scale=1)
 
     def forward(self, obs, last_actions, starts, state):
@@ -282,16 +284,17 @@ class LSTM(nn.Module):
     """An LSTM whose state is zeroed where an episode starts, which PyTorch's own cannot do within a sequence. What
     does not depend on the state is one matrix product for all steps."""
 
-    def __init__(self, inputs, size):
+    def __init__(self, inputs, size, forget_bias):
         super().__init__()
         self.size = size
         self.input = initialise(nn.Linear(inputs, 4 * size), scale=1)
+        nn.init.constant_(self.input.bias[size : 2 * size], forget_bias)
         self.recurrent = nn.Parameter(
             torch.cat([nn.init.orthogonal_(torch.empty(size, size)) for _ in range(4)], dim=1)
         )
 
-    def initial_state(self, num_envs, device):
-        return torch.zeros(num_envs, self.size, device=device), torch.zeros(num_envs, self.size, device=device)
+    def initial_state(self, sequences, device):
+        return torch.zeros(sequences, self.size, device=device), torch.zeros(sequences, self.size, device=device)
 
     def forward(self, inputs, starts, state):
         hidden, cell = state

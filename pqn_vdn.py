@@ -8,7 +8,7 @@ is the sum of their Q-values: learning that sum by Q(λ) teaches every agent its
     python pqn_vdn.py --env-id LevelBasedForaging-v0
     python pqn_vdn.py --env-id jax_envs:overcooked-cramped_room-v0
     python pqn_vdn.py --resume runs/LevelBasedForaging-v0__pqn_vdn__1__1700000000 --total-timesteps 10000000
-    python play.py runs/LevelBasedForaging-v0__pqn_vdn__1__1700000000 --video foraging.mp4
+    python play.py runs/jax_envs-overcooked-cramped_room-v0__pqn_vdn__1__1700000000 --video soup.mp4
 """
 
 import fcntl
@@ -71,7 +71,8 @@ class Args:
     q_lambda: Share = 0.5  # λ of the Q(λ) returns; 0 is one-step Q-learning
     num_minibatches: Count = 16  # minibatches, each one gradient step, that a rollout is divided into
     update_epochs: Count = 4  # passes over each rollout
-    max_grad_norm: Positive = 10.0  # the gradient's norm is clipped to this
+    # the gradient's norm is clipped to this (the authors' loss for teams lacks the ½, so that their 10 is a 5 here)
+    max_grad_norm: Positive = 10.0
     reward_scale: Positive = 1.0  # rewards are multiplied by this in the targets, not in the logged returns
     # environment steps over which a reward for the steps on the way (info["shaped_reward"], Overcooked) fades to 0
     shaping_timesteps: Whole = 2_500_000
@@ -108,11 +109,13 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
         fail(f"cannot make {args.env_id}: {error}")
     parts = observation_space if isinstance(observation_space, gym.spaces.Dict) else {}
-    if not {"agents_view", "action_mask"} <= set(parts) or len(parts["agents_view"].shape) < 2:
+    view, mask = (getattr(parts.get(name), "shape", None) or () for name in ("agents_view", "action_mask"))
+    if len(view) < 2 or len(mask) != 2 or view[0] != mask[0] or 0 in view + mask:
         hint = "agents_view (what each agent sees) and action_mask (what it may do)"
         fail(f"{args.env_id} is not for teams: PQN needs {hint} in its observations, not {observation_space}")
-    if action_space.shape != parts["action_mask"].shape[:1]:
-        fail(f"{args.env_id} has {action_space} actions: PQN needs one Discrete action for each agent")
+    first = getattr(action_space, "start", getattr(action_space, "low", None))
+    if action_space.shape != mask[:1] or action_space.dtype.kind not in "iu" or np.any(first):
+        fail(f"{args.env_id} has {action_space} actions: PQN needs a Discrete one from 0 on for each agent")
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
     return envs
@@ -243,7 +246,8 @@ class QNetwork(nn.Module):
 
     def legal(self, obs):
         mask = obs[..., -self.num_actions :] > 0
-        return mask | ~mask.any(2, keepdim=True)  # where nothing is legal, it does not matter what is done
+        first = torch.arange(self.num_actions, device=obs.device) == 0
+        return mask | first & ~mask.any(-1, keepdim=True)  # where nothing is legal, the first: every agent has it
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -398,7 +402,8 @@ def main(args: Args):
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
-    if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
+    rows = batch_size * network.agents / args.num_minibatches
+    if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, rows) < 16e6:
         torch.set_num_threads(1)  # more gain little on that (80: the optimiser's part) and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 

@@ -3,11 +3,14 @@ LSTM, after "Simplifying Deep Temporal Difference Learning" (Gallici et al., ICL
 
 A team gets one reward. All agents act by the same network, each by what it has seen and done itself, and the value of
 what they do together is the sum of their Q-values. `diff pqn_lstm.py pqn_vdn_lstm.py` shows what teams change,
-`diff pqn_vdn.py pqn_vdn_lstm.py` what recurrence does. It ends with main(); bookkeeping follows.
+`diff pqn_vdn.py pqn_vdn_lstm.py` what recurrence does. This file ends with main(); bookkeeping follows.
 
-    python pqn_vdn_lstm.py --env-id LevelBasedForaging-v0
+The defaults are the authors' for Smax, without the memory window of 4 that they combine with batch norm. Their agent
+has a GRU in the LSTM's place, and does not see its last action.
+
     python pqn_vdn_lstm.py --env-id jax_envs:smax-2s3z-v0
-    python play.py runs/smax-2s3z-v0__pqn_vdn_lstm__1__1700000000
+    python pqn_vdn_lstm.py --env-id LevelBasedForaging-v0      # without JAX; to play it well takes no memory
+    python play.py runs/jax_envs-smax-2s3z-v0__pqn_vdn_lstm__1__1700000000
 """
 
 import fcntl
@@ -53,7 +56,7 @@ class Args:
     total_timesteps: Count = 10_000_000  # environment steps of the whole run, all environments together
     seed: Annotated[int, "in [0, 2^63)", lambda x: 0 <= x < 2**63] = 1  # every environment draws its own stream from it
     device: str = "auto"  # any torch device; "auto" takes CUDA when present
-    compile: bool = False  # compile the gradient step: a minute at the start, less time for each step
+    compile: bool = False  # compile the gradient step: minutes at the start, less time for each step
     resume: str | None = None  # go on with the run in this folder; the other options default to those it started with
     num_envs: Count = 128  # environments stepped in parallel
     num_steps: Count = 128  # steps in each environment between two rounds of learning
@@ -70,13 +73,16 @@ class Args:
     q_lambda: Share = 0.85  # λ of the Q(λ) returns; 0 is one-step Q-learning
     num_minibatches: Count = 16  # minibatches, each one gradient step and whole sequences of some environments
     update_epochs: Count = 4  # passes over each rollout
-    max_grad_norm: Positive = 1.0  # the gradient's norm is clipped to this
+    # the gradient's norm is clipped to this (the authors' loss for teams lacks the ½, so that their 1 is a 0.5 here)
+    max_grad_norm: Positive = 0.5
     reward_scale: Positive = 10.0  # rewards are multiplied by this in the targets, not in the logged returns
 
     agent_index: bool = True  # each agent is told which one it is; needless where observations tell them apart
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (512, 512)
     lstm_size: Count = 512  # width of the LSTM
+    # bias of the forget gate at the start: at 0 half of the memory is gone after a step, at 4 after 38
+    forget_bias: Annotated[float, "in [-20, 20]", lambda x: -20 <= x <= 20] = 0.0
     # steps of the previous rollout that are replayed to warm the state up, without loss
     memory_window: Whole = 0
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "batch_norm"  # after each hidden layer, before its ReLU
@@ -108,11 +114,13 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
         fail(f"cannot make {args.env_id}: {error}")
     parts = observation_space if isinstance(observation_space, gym.spaces.Dict) else {}
-    if not {"agents_view", "action_mask"} <= set(parts) or len(parts["agents_view"].shape) != 2:
+    view, mask = (getattr(parts.get(name), "shape", None) or () for name in ("agents_view", "action_mask"))
+    if len(view) != 2 or len(mask) != 2 or view[0] != mask[0] or 0 in view + mask:
         hint = "agents_view (a vector for each agent; pqn_vdn.py takes grids) and action_mask (what it may do)"
-        fail(f"{args.env_id} does not fit: PQN needs {hint} in its observations, not {observation_space}")
-    if action_space.shape != parts["action_mask"].shape[:1]:
-        fail(f"{args.env_id} has {action_space} actions: PQN needs one Discrete action for each agent")
+        fail(f"{args.env_id} is not for teams: PQN needs {hint} in its observations, not {observation_space}")
+    first = getattr(action_space, "start", getattr(action_space, "low", None))
+    if action_space.shape != mask[:1] or action_space.dtype.kind not in "iu" or np.any(first):
+        fail(f"{args.env_id} has {action_space} actions: PQN needs a Discrete one from 0 on for each agent")
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
     return envs
@@ -135,7 +143,7 @@ def step_envs(envs, actions):
 
     EnvPool and Gymnasium reset on the step *after* an episode's end. So `obs` is the true successor even where an
     episode ends, and the step after it is a phantom: its action is ignored, it only brings a new episode's first
-    observation. `score` and `over` are what the logged returns count: on Atari they differ from what is learned from.
+    observation. `score` and `over` are what the logged returns count: here the same as what is learned from.
     """
     obs, rewards, terminated, truncated, _ = envs.step(actions.astype(np.int32))
     return pack(obs), rewards, terminated, truncated, rewards, terminated | truncated
@@ -238,7 +246,7 @@ class Collector:
             raise FloatingPointError("the environment returned a reward that is not finite")
         on_host = self.rewards, self.terminated, self.truncated, self.real
         moved = (torch.from_numpy(x).to(self.device) for x in on_host)
-        # The environments are the second dimension; a row holds the states of all agents
+        # The environments are the second dimension, and the states of an environment's agents lie side by side
         hidden, cell = (x.unflatten(0, (1, N, self.agents)).flatten(2) for x in self.stored_state)
         seen = self.stored_obs, self.stored_last_actions, self.stored_starts, hidden, cell
         return (*seen, self.actions, *moved), episodes, eval_episodes
@@ -263,7 +271,7 @@ class QNetwork(nn.Module):
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
             layers += [initialise(nn.Linear(fan_in, fan_out), scale=1), norm_layer(args.norm_type, fan_out), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.lstm = LSTM(sizes[-1] + self.num_actions, args.lstm_size)
+        self.lstm = LSTM(sizes[-1] + self.num_actions, args.lstm_size, args.forget_bias)
         self.head = initialise(nn.Linear(args.lstm_size, self.num_actions), scale=1)
 
     def forward(self, obs, last_actions, starts, state):
@@ -280,23 +288,25 @@ class QNetwork(nn.Module):
 
     def legal(self, obs):
         mask = obs[..., -self.num_actions :] > 0
-        return mask | ~mask.any(-1, keepdim=True)  # where nothing is legal, it does not matter what is done
+        first = torch.arange(self.num_actions, device=obs.device) == 0
+        return mask | first & ~mask.any(-1, keepdim=True)  # where nothing is legal, the first: every agent has it
 
 
 class LSTM(nn.Module):
     """An LSTM whose state is zeroed where an episode starts, which PyTorch's own cannot do within a sequence. What
     does not depend on the state is one matrix product for all steps."""
 
-    def __init__(self, inputs, size):
+    def __init__(self, inputs, size, forget_bias):
         super().__init__()
         self.size = size
         self.input = initialise(nn.Linear(inputs, 4 * size), scale=1)
+        nn.init.constant_(self.input.bias[size : 2 * size], forget_bias)
         self.recurrent = nn.Parameter(
             torch.cat([nn.init.orthogonal_(torch.empty(size, size)) for _ in range(4)], dim=1)
         )
 
-    def initial_state(self, num_envs, device):
-        return torch.zeros(num_envs, self.size, device=device), torch.zeros(num_envs, self.size, device=device)
+    def initial_state(self, sequences, device):
+        return torch.zeros(sequences, self.size, device=device), torch.zeros(sequences, self.size, device=device)
 
     def forward(self, inputs, starts, state):
         hidden, cell = state
@@ -529,7 +539,7 @@ def check(args: Args):
     if args.num_envs // ranks % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide {args.num_envs // ranks} environments")
     if (args.norm_type == "batch_norm" or args.normalize_input) and (args.memory_window > 0 or ranks > 1):
-        fail("batch norm, of --normalize-input too, needs a single process and no step twice, as in a --memory-window")
+        fail("batch norm (--norm-type, --normalize-input) fits neither a --memory-window nor several processes")
     if args.memory_window > args.num_steps:
         fail(f"--memory-window {args.memory_window} is more than the --num-steps {args.num_steps} of a rollout")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):

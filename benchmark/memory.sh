@@ -12,5 +12,6 @@ hundred+=" --no-anneal-lr --end-e 0.01 --exploration-fraction 0.1 --reward-scale
   echo "recurrent: python pqn_lstm.py $task"
   echo "feed-forward: python pqn.py $task"
   echo "recurrent: python pqn_lstm.py $hundred --memory-window 4"
+  echo "recurrent_forget_4: python pqn_lstm.py $hundred --memory-window 4 --forget-bias 4"
   echo "feed-forward: python pqn.py $hundred"
 } | python benchmark/launch.py jax/memory "$@"

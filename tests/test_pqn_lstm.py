@@ -87,6 +87,17 @@ def test_unrolling_equals_stepping_one_by_one_in_values_and_gradients(shape):
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-2 * gradients[0].abs().mean())
 
 
+def test_the_forget_bias_is_the_forget_gate_s_and_keeps_what_the_state_holds():
+    network = network_for(gym.spaces.Box(-9, 9, (4,)), forget_bias=20.0)
+    assert network.lstm.input.bias.unflatten(0, (4, 8))[:, 0].tolist() == [0, 20, 0, 0]
+    torch.nn.init.constant_(network.lstm.input.bias[:8], -20)  # nothing is written
+    torch.nn.init.zeros_(network.lstm.input.weight)
+    cell = torch.randn(5, 8)
+    starts = torch.zeros(7, 5, dtype=torch.bool)
+    _, (_, after) = network(torch.randn(7, 5, 4), torch.randint(3, (7, 5)), starts, (torch.zeros(5, 8), cell))
+    assert torch.allclose(cell, after, atol=1e-4)
+
+
 def test_discrete_observations_are_seen_as_one_hot_vectors_also_where_they_do_not_start_at_0():
     discrete = network_for(gym.spaces.Discrete(4, start=3))
     vectors = network_for(gym.spaces.Box(0, 1, (4,)))

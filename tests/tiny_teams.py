@@ -44,6 +44,17 @@ class Strict(Team):
         return self.show(), 1.0, bool(self.np_random.random() < 0.1), False, {}
 
 
+class Grid(Team):
+    """Every agent sees a picture."""
+
+    observation_space = gym.spaces.Dict(
+        {"agents_view": gym.spaces.Box(-9, 9, (2, 4, 5, 1)), "action_mask": gym.spaces.MultiBinary((2, 3))}
+    )
+
+    def show(self):
+        return super().show() | {"agents_view": np.ones((2, 4, 5, 1), np.float32)}
+
+
 class TeamCue(Team):
     """Shows each agent 1 or −1, then twice nothing, and then asks which it was: action 1 or 0, the third being illegal.
     The team is paid 0.5 for each right answer and −0.5 for each wrong one."""
@@ -116,7 +127,7 @@ class TeamOfOne(tiny_envs.Eventful):
         return self.as_team(obs), *rest
 
 
-for task in (Sum, Strict, TeamCue):
+for task in (Sum, Strict, Grid, TeamCue):
     gym.register(f"{task.__name__}-v0", entry_point=task)
 for task in (EventfulTeam, EventfulAgent, TeamOfOne):
     gym.register(f"{task.__name__}-v0", vector_entry_point=task)
