@@ -18,6 +18,8 @@ import pqn
 import pqn_atari_envpool as atari
 import pqn_atari_lstm as recurrent
 import pqn_lstm
+import pqn_vdn
+import pqn_vdn_lstm
 
 aten, OTHER = torch.ops.aten, torch.device("meta")
 ONE_VALUE = aten._local_scalar_dense.default
@@ -108,7 +110,7 @@ def watch(script, options, monkeypatch, rollouts=3):
 
     monkeypatch.setattr(script, "QNetwork", Network)
     monkeypatch.setattr(script, "pick_device", lambda name: OTHER)
-    if script in (pqn, pqn_lstm):  # they have no graphs, but acting and a gradient step must not wait there either
+    if script in (pqn, pqn_lstm, pqn_vdn, pqn_vdn_lstm):  # they have no graphs, but acting and a gradient step must not wait there either
         monkeypatch.setattr(script, "partial", lambda *args: capture(partial(*args)))
     else:
         monkeypatch.setattr(script, "capture", capture)
@@ -125,6 +127,9 @@ def watch(script, options, monkeypatch, rollouts=3):
     return np.diff(counts, axis=0), kernels
 
 
+LAYER_NORM = {"norm_type": "layer_norm", "normalize_input": False}
+
+
 @pytest.mark.parametrize(
     "script, options, sent_each_step, to_act, to_learn",
     [
@@ -134,8 +139,11 @@ def watch(script, options, monkeypatch, rollouts=3):
         (recurrent, {"memory_window": 2}, 2, 39, 281),
         (pqn_lstm, {}, 2, 30, 213),
         (pqn_lstm, {"memory_window": 2}, 2, 30, 251),
+        (pqn_vdn, {}, 1, 34, 85),
+        (pqn_vdn_lstm, LAYER_NORM, 2, 54, 227),
+        (pqn_vdn_lstm, LAYER_NORM | {"memory_window": 2}, 2, 54, 276),
     ],
-    ids=["pqn", "atari", "atari-lstm", "atari-lstm with a window", "lstm", "lstm with a window"],
+    ids="pqn atari atari-lstm atari-lstm-window lstm lstm-window teams teams-lstm teams-lstm-window".split(),
 )
 def test_the_host_waits_once_a_step_and_for_nothing_that_is_captured(
     script, options, sent_each_step, to_act, to_learn, monkeypatch
