@@ -86,6 +86,7 @@ def draw_returns(curves, path):
             panel.plot(step, greedy, color=colour, label=f"seed {seed}, without noise")
             panel.plot(step, training, ":", color=colour, label=f"seed {seed}, training")
         panel.set(title=env, xlabel="environment steps", ylabel="return")
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=80)
