@@ -352,11 +352,13 @@ def panels(names, width=3.3, height=2.5):
 
 
 def draw_band(ax, x, curves, i, label):
-    """The mean of the curves (runs, points), and its interval where there are several."""
+    """The mean of the curves (runs, points), and its interval; between two curves the space between them, for the
+    interval of two says nothing."""
     colour = COLOURS[i % len(COLOURS)]
     ax.plot(x, curves.mean(0), color=colour, linestyle=STYLES[i % len(STYLES)], label=label)
     if len(curves) > 1:
-        ax.fill_between(x, *mean_interval(curves), color=colour, alpha=0.2, linewidth=0)
+        low, high = mean_interval(curves) if len(curves) > 2 else np.sort(curves, axis=0)
+        ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def resample(runs, column, against, points=200):
@@ -412,7 +414,7 @@ def draw_final(args, groups, out):
         colour = COLOURS[i % len(COLOURS)]
         axes[env].plot(scores, np.full(len(scores), i), "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
         axes[env].plot(scores.mean(), i, "|", color=colour, markersize=14, markeredgewidth=2.5)
-        if len(scores) > 1:
+        if len(scores) > 2:
             axes[env].plot(mean_interval(scores), [i, i], color=colour, linewidth=2.5)
     for ax in axes.values():
         ax.set_yticks(range(len(labels)), labels)
