@@ -15,6 +15,20 @@ def target(t, rewards, values, terminated, truncated, gamma, q_lambda):
     return rewards[t] + gamma * (q_lambda * future + (1 - q_lambda) * values[t + 1])
 
 
+def remember(network, features, last_action, start, hidden, cell):
+    """One step of an LSTM for one agent: Q-values and next state. Where an episode starts, it knows nothing."""
+    one_hot = torch.zeros(network.num_actions)
+    if start:
+        hidden, cell = torch.zeros_like(hidden), torch.zeros_like(cell)
+    else:
+        one_hot[last_action] = 1
+    gates = network.lstm.input(torch.cat([features, one_hot])) + hidden @ network.lstm.recurrent
+    write, forget, read, new = gates.split(len(hidden))
+    cell = forget.sigmoid() * cell + write.sigmoid() * new.tanh()
+    hidden = read.sigmoid() * cell.tanh()
+    return network.head(hidden), hidden, cell
+
+
 class Algorithm1:
     """The feed-forward agent. `envs` are `tiny_envs.Eventful` ones in which the script has played: what happened in
     them is taken from their record, and that the actions were the right ones is checked."""

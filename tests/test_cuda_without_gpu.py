@@ -110,7 +110,7 @@ def watch(script, options, monkeypatch, rollouts=3):
 
     monkeypatch.setattr(script, "QNetwork", Network)
     monkeypatch.setattr(script, "pick_device", lambda name: OTHER)
-    if script in (pqn, pqn_lstm, pqn_vdn, pqn_vdn_lstm):  # they have no graphs, but acting and a gradient step must not wait there either
+    if not hasattr(script, "capture"):  # no graphs, but acting and a gradient step must not wait there either
         monkeypatch.setattr(script, "partial", lambda *args: capture(partial(*args)))
     else:
         monkeypatch.setattr(script, "capture", capture)

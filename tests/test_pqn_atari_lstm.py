@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from literal import remember
 from literal import target as literal_target
 
 import play
@@ -70,17 +71,9 @@ def one_by_one(network, obs, last_actions, starts, state):
     for b in range(starts.shape[1]):
         hidden, cell = state[0][b], state[1][b]
         for t in range(starts.shape[0]):
-            one_hot = torch.zeros(4)
-            if starts[t, b]:
-                hidden, cell = torch.zeros(16), torch.zeros(16)
-            else:
-                one_hot[last_actions[t, b]] = 1
             features = network.body(obs[t, b][None].float() / 255)[0]
-            gates = network.lstm.input(torch.cat([features, one_hot])) + hidden @ network.lstm.recurrent
-            write, forget, read, new = gates.split(16)
-            cell = forget.sigmoid() * cell + write.sigmoid() * new.tanh()
-            hidden = read.sigmoid() * cell.tanh()
-            q_values[t, b] = network.head(hidden)
+            step = features, last_actions[t, b], starts[t, b]
+            q_values[t, b], hidden, cell = remember(network, *step, hidden, cell)
     return q_values
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_teams
 import torch
-from literal import RecurrentTeamAlgorithm1
+from literal import RecurrentTeamAlgorithm1, remember
 
 import play
 import pqn_lstm
@@ -70,18 +70,10 @@ def test_every_agent_remembers_by_itself_and_forgets_where_an_episode_starts(age
         for i in range(2):
             hidden, cell = (x[2 * b + i] for x in state)
             for t in range(6):
-                one_hot = torch.zeros(4)
-                if starts[t, b]:
-                    hidden, cell = torch.zeros(8), torch.zeros(8)
-                else:
-                    one_hot[last_actions[t, b, i]] = 1
                 index = torch.eye(2)[i] if agent_index else torch.zeros(0)
                 features = network.body(torch.cat([obs[t, b, i, :3], index])[None])[0]
-                gates = network.lstm.input(torch.cat([features, one_hot])) + hidden @ network.lstm.recurrent
-                write, forget, read, new = gates.split(8)
-                cell = forget.sigmoid() * cell + write.sigmoid() * new.tanh()
-                hidden = read.sigmoid() * cell.tanh()
-                expected = network.head(hidden)
+                step = features, last_actions[t, b, i], starts[t, b]
+                expected, hidden, cell = remember(network, *step, hidden, cell)
                 expected[obs[t, b, i, 3:] == 0] = -torch.inf
                 assert torch.allclose(q_values[t, b, i], expected, atol=1e-5)
             for x, last in zip(after, (hidden, cell), strict=True):
