@@ -286,7 +286,7 @@ def register():
     """Tells Gymnasium all names. (A `module:Name-v0` of Gymnasium imports the module first.)"""
     games = {f"{name}-MinAtar-v0": (gymnax_game, f"{name}-MinAtar") for name in MINATAR}
     games |= {f"{name}-bsuite-v0": (gymnax_game, f"{name}-bsuite") for name in BSUITE}
-    # As long as the authors have it; the one above is as long as gymnax has it, 5
+    # With the authors' length; the MemoryChain above has gymnax's, which is 5
     games |= {"MemoryChain100-bsuite-v0": (partial(gymnax_game, memory_length=100), "MemoryChain-bsuite")}
     games |= {f"{name}-misc-v0": (gymnax_game, f"{name}-misc") for name in MISC}
     games |= {name: (craftax_game, name) for name in CRAFTAX}

@@ -73,7 +73,7 @@ class Args:
     q_lambda: Share = 0.85  # λ of the Q(λ) returns; 0 is one-step Q-learning
     num_minibatches: Count = 16  # minibatches, each one gradient step and whole sequences of some environments
     update_epochs: Count = 4  # passes over each rollout
-    # the gradient's norm is clipped to this (the authors' loss for teams lacks the ½, so that their 1 is a 0.5 here)
+    # the gradient's norm is clipped to this: half of the authors' number, for their loss for teams is twice this one
     max_grad_norm: Positive = 0.5
     reward_scale: Positive = 10.0  # rewards are multiplied by this in the targets, not in the logged returns
 
@@ -134,7 +134,8 @@ def spaces(envs):
 def pack(obs):
     """What each agent sees and, in its last columns, which actions it may take: (environments, agents, columns). So a
     mask is never parted from the state whose Q-values it masks."""
-    view, mask = obs["agents_view"], obs["action_mask"]
+    view, mask = obs["agents_view"], obs["action_mask"] > 0
+    mask[..., 0] |= ~mask.any(2)  # where nothing is legal, anything will do, and every agent has action 0
     return np.concatenate([view.reshape(*mask.shape[:2], -1), mask.astype(view.dtype)], axis=2)
 
 
@@ -287,9 +288,7 @@ class QNetwork(nn.Module):
         return q_values.masked_fill(~self.legal(obs), -torch.inf), state
 
     def legal(self, obs):
-        mask = obs[..., -self.num_actions :] > 0
-        first = torch.arange(self.num_actions, device=obs.device) == 0
-        return mask | first & ~mask.any(-1, keepdim=True)  # where nothing is legal, the first: every agent has it
+        return obs[..., -self.num_actions :] > 0
 
 
 class LSTM(nn.Module):

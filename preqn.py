@@ -77,7 +77,7 @@ class Args:
     # η: a step of PreQN is taken if the cosine between what it does to Q and what it should do is at least this
     alignment: Annotated[float, "in [-1, 1]", lambda x: -1 <= x <= 1] = 0.97
     max_halvings: Annotated[int, "in [0, 100]", lambda x: 0 <= x <= 100] = 10  # of a step before it is given up
-    # eigenvalues of the kernel below this share of the largest one count as 0; below 1e-7 float32 cannot tell
+    # eigenvalues of the kernel below this share of the largest one count as 0 (below 1e-7 they are rounding errors)
     cutoff: Annotated[float, "in [1e-7, 1)", lambda x: 1e-7 <= x < 1] = 1e-7
     target_decay: Share = 0.995  # share of TD3's target networks that an update of theirs keeps
 

@@ -1,7 +1,11 @@
 """Algorithm 1 of the paper written out slowly, one environment and one transition at a time: what the scripts' main()
 is compared with. Of a script it takes the network alone; the rest is written here once more."""
 
+import sys
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
 
@@ -13,6 +17,32 @@ def target(t, rewards, values, terminated, truncated, gamma, q_lambda):
         return rewards[t] + gamma * values[t + 1]
     future = target(t + 1, rewards, values, terminated, truncated, gamma, q_lambda)
     return rewards[t] + gamma * (q_lambda * future + (1 - q_lambda) * values[t + 1])
+
+
+def compare_a_resumed_run(transcription, args, made, train, curves):
+    """Trains for three rollouts and, resumed, for two more: weights, returns and curves are those of a literal run.
+    `made` are the recorded environments of both parts."""
+    script = sys.modules[type(args).__module__]
+    size = args.num_envs * args.num_steps
+    folder, first = train(replace(args, total_timesteps=3 * size + 5))
+    _, checkpoint = train(replace(script.Args(**first["args"]), resume=str(folder), total_timesteps=5 * size))
+    assert (first["step"], checkpoint["step"]) == (3 * size, 5 * size)
+    assert [len(envs.steps) for envs in made] == [3 * args.num_steps, 2 * args.num_steps]
+    expected = transcription(script, args, made[0])
+    for envs, rollouts in zip(made, (3, 2), strict=True):
+        expected.enter(envs)
+        for k in range(rollouts):
+            expected.rollout(last=k == rollouts - 1)
+    for name, weights in expected.network.state_dict().items():
+        assert torch.allclose(checkpoint["network"][name], weights, rtol=1e-3, atol=2e-5), name
+    assert checkpoint["last_returns"] == pytest.approx(expected.returns[-100:])
+    assert checkpoint["eval_returns"] == pytest.approx(expected.eval_returns[-100:])
+    logged = curves(folder)
+    del logged["charts/SPS"]
+    assert set(logged) == set(expected.curves)
+    for name, points in expected.curves.items():
+        assert [step for step, _ in logged[name]] == [step for step, _ in points], name
+        assert [x for _, x in logged[name]] == pytest.approx([x for _, x in points], rel=1e-3, abs=1e-5), name
 
 
 def remember(network, features, last_action, start, hidden, cell):

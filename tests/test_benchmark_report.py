@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,15 @@ def test_students_t_is_the_one_of_the_tables():
     assert report.t_quantile(9, inside=0.99) == pytest.approx(3.24984, rel=1e-5)
     low, high = report.mean_interval(np.array([1.0, 2, 3, 4, 5]))
     assert (low, high) == pytest.approx((3 - 1.96324, 3 + 1.96324), rel=1e-5)  # 2.77645 √(2.5 / 5)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_curves_of_three_seeds_are_shaded_by_their_interval_and_those_of_two_from_one_to_the_other(seeds):
+    ax, curves = unittest.mock.Mock(), np.array([[1.0, 5.0], [3.0, 2.0], [2.0, 2.0]])[:seeds]
+    report.draw_band(ax, [0, 1], curves, 0, "label")
+    shaded = [[x.tolist() for x in call.args[1:]] for call in ax.fill_between.call_args_list]
+    interval = [x.tolist() for x in report.mean_interval(curves)] if seeds == 3 else None
+    assert shaded == {1: [], 2: [[[1.0, 2.0], [3.0, 5.0]]], 3: [interval]}[seeds]
 
 
 def test_welchs_interval_and_p_are_those_of_a_worked_example():

@@ -139,9 +139,9 @@ LAYER_NORM = {"norm_type": "layer_norm", "normalize_input": False}
         (recurrent, {"memory_window": 2}, 2, 39, 281),
         (pqn_lstm, {}, 2, 30, 213),
         (pqn_lstm, {"memory_window": 2}, 2, 30, 251),
-        (pqn_vdn, {}, 1, 34, 85),
-        (pqn_vdn_lstm, LAYER_NORM, 2, 54, 227),
-        (pqn_vdn_lstm, LAYER_NORM | {"memory_window": 2}, 2, 54, 276),
+        (pqn_vdn, {}, 1, 22, 79),
+        (pqn_vdn_lstm, LAYER_NORM, 2, 42, 221),
+        (pqn_vdn_lstm, LAYER_NORM | {"memory_window": 2}, 2, 42, 264),
     ],
     ids="pqn atari atari-lstm atari-lstm-window lstm lstm-window teams teams-lstm teams-lstm-window".split(),
 )

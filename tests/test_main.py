@@ -1,7 +1,5 @@
 """Each script's main() as a whole against a slow, literal run of Algorithm 1 on what happened in its environments."""
 
-from dataclasses import replace
-
 import literal
 import pytest
 import tiny_envs
@@ -35,29 +33,8 @@ PQN = OPTIONS | dict(env_id="tiny_envs:Eventful-v0", hidden_sizes=(16, 8), rewar
     ids="pqn pqn-normalised-input pqn-single-transitions atari atari-lstm atari-lstm-window lstm lstm-window".split(),
 )
 def test_a_resumed_run_ends_where_a_literal_one_does(args, transcription, monkeypatch, train, curves, eventful_games):
-    script = __import__(type(args).__module__)
     monkeypatch.setattr(tiny_envs.Eventful, "made", [])
-    folder, first = train(replace(args, total_timesteps=3 * 42 + 5))
-    _, checkpoint = train(replace(script.Args(**first["args"]), resume=str(folder), total_timesteps=5 * 42))
-    assert (first["step"], checkpoint["step"]) == (3 * 42, 5 * 42)
-    made = tiny_envs.Eventful.made
-    assert [len(envs.steps) for envs in made] == [3 * 7, 2 * 7]
-
-    expected = transcription(script, args, made[0])
-    for envs, rollouts in zip(made, (3, 2), strict=True):
-        expected.enter(envs)
-        for k in range(rollouts):
-            expected.rollout(last=k == rollouts - 1)
-    for name, weights in expected.network.state_dict().items():
-        assert torch.allclose(checkpoint["network"][name], weights, rtol=1e-3, atol=2e-5), name
-    assert checkpoint["last_returns"] == pytest.approx(expected.returns[-100:])
-    assert checkpoint["eval_returns"] == pytest.approx(expected.eval_returns[-100:])
-    logged = curves(folder)
-    del logged["charts/SPS"]
-    assert set(logged) == set(expected.curves)
-    for name, points in expected.curves.items():
-        assert [step for step, _ in logged[name]] == [step for step, _ in points], name
-        assert [x for _, x in logged[name]] == pytest.approx([x for _, x in points], rel=1e-3, abs=1e-5), name
+    literal.compare_a_resumed_run(transcription, args, tiny_envs.Eventful.made, train, curves)
 
 
 SCRIPTS = [pqn, atari, recurrent, pqn_lstm]

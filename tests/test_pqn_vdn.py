@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import literal
 import numpy as np
 import pytest
 import tiny_teams
 import torch
-from literal import TeamAlgorithm1
 
 import play
 import pqn
@@ -91,9 +91,13 @@ def test_no_illegal_action_is_ever_taken_neither_in_training_nor_when_played(tra
 
 
 def test_where_nothing_is_legal_the_first_action_is():
-    obs, _ = random_obs(5)
-    obs[2, 1, 3:] = 0
-    assert (network_for((3,))(obs)[2, 1] > -torch.inf).tolist() == [True, False, False, False]
+    masks = np.ones((5, 2, 4), np.int8)
+    masks[2, 1] = 0
+    for script in pqn_vdn, pqn_vdn_lstm:
+        packed = torch.from_numpy(script.pack({"agents_view": np.ones((5, 2, 3), np.float32), "action_mask": masks}))
+        assert packed[2, 1].tolist() == [1, 1, 1, 1, 0, 0, 0] and packed.sum() == 5 * 2 * 7 - 3
+    assert not masks[2, 1].any()  # the environment's own array is left as it is
+    assert (network_for((3,))(packed)[2, 1] > -torch.inf).tolist() == [True, False, False, False]
 
 
 def test_random_actions_are_legal_also_where_q_values_are_not_numbers():
@@ -138,24 +142,7 @@ def test_grids_go_through_padded_convolutions_and_keep_their_layout():
 def test_a_resumed_run_ends_where_a_literal_one_does(independent, monkeypatch, train, curves):
     monkeypatch.setattr(tiny_teams.EventfulTeam, "made", [])
     args = pqn_vdn.Args(**OPTIONS, env_id="tiny_teams:EventfulTeam-v0", shaping_timesteps=100, independent=independent)
-    folder, first = train(replace(args, total_timesteps=3 * 42 + 5))
-    _, checkpoint = train(replace(pqn_vdn.Args(**first["args"]), resume=str(folder), total_timesteps=5 * 42))
-    assert (first["step"], checkpoint["step"]) == (3 * 42, 5 * 42)
-    made = tiny_teams.EventfulTeam.made
-    expected = TeamAlgorithm1(pqn_vdn, args, made[0])
-    for envs, rollouts in zip(made, (3, 2), strict=True):
-        expected.enter(envs)
-        for k in range(rollouts):
-            expected.rollout(last=k == rollouts - 1)
-    for name, weights in expected.network.state_dict().items():
-        assert torch.allclose(checkpoint["network"][name], weights, rtol=1e-3, atol=2e-5), name
-    assert checkpoint["last_returns"] == pytest.approx(expected.returns[-100:])
-    assert checkpoint["eval_returns"] == pytest.approx(expected.eval_returns[-100:])
-    logged = curves(folder)
-    del logged["charts/SPS"]
-    assert set(logged) == set(expected.curves)
-    for name, points in expected.curves.items():
-        assert [x for _, x in logged[name]] == pytest.approx([x for _, x in points], rel=1e-3, abs=1e-5), name
+    literal.compare_a_resumed_run(literal.TeamAlgorithm1, args, tiny_teams.EventfulTeam.made, train, curves)
 
 
 def test_a_team_of_one_learns_what_pqn_does(train):

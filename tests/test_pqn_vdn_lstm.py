@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import literal
 import numpy as np
 import pytest
 import tiny_teams
 import torch
-from literal import RecurrentTeamAlgorithm1, remember
 
 import play
 import pqn_lstm
@@ -73,7 +73,7 @@ def test_every_agent_remembers_by_itself_and_forgets_where_an_episode_starts(age
                 index = torch.eye(2)[i] if agent_index else torch.zeros(0)
                 features = network.body(torch.cat([obs[t, b, i, :3], index])[None])[0]
                 step = features, last_actions[t, b, i], starts[t, b]
-                expected, hidden, cell = remember(network, *step, hidden, cell)
+                expected, hidden, cell = literal.remember(network, *step, hidden, cell)
                 expected[obs[t, b, i, 3:] == 0] = -torch.inf
                 assert torch.allclose(q_values[t, b, i], expected, atol=1e-5)
             for x, last in zip(after, (hidden, cell), strict=True):
@@ -86,12 +86,6 @@ def test_batch_norm_is_over_all_steps_environments_and_agents_of_a_minibatch():
     network(obs, *rest)
     seen = torch.cat([obs[..., :3], torch.eye(2).expand(6, 5, 2, 2)], 3).flatten(0, 2)
     assert torch.allclose(network.body[0].running_mean, 0.01 * seen.mean(0), atol=1e-6)
-
-
-def test_where_nothing_is_legal_the_first_action_is():
-    obs, *rest = random_sequences()
-    obs[2, 1, 0, 3:] = 0
-    assert (network_for()(obs, *rest)[0][2, 1, 0] > -torch.inf).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("window", [0, 2, 7])
@@ -119,24 +113,7 @@ def test_what_is_stored_reproduces_what_was_played(window):
 def test_a_resumed_run_ends_where_a_literal_one_does(options, monkeypatch, train, curves):
     monkeypatch.setattr(tiny_teams.EventfulTeam, "made", [])
     args = pqn_vdn_lstm.Args(**OPTIONS | options, env_id="tiny_teams:EventfulTeam-v0")
-    folder, first = train(replace(args, total_timesteps=3 * 42 + 5))
-    _, checkpoint = train(replace(pqn_vdn_lstm.Args(**first["args"]), resume=str(folder), total_timesteps=5 * 42))
-    assert (first["step"], checkpoint["step"]) == (3 * 42, 5 * 42)
-    made = tiny_teams.EventfulTeam.made
-    expected = RecurrentTeamAlgorithm1(pqn_vdn_lstm, args, made[0])
-    for envs, rollouts in zip(made, (3, 2), strict=True):
-        expected.enter(envs)
-        for k in range(rollouts):
-            expected.rollout(last=k == rollouts - 1)
-    for name, weights in expected.network.state_dict().items():
-        assert torch.allclose(checkpoint["network"][name], weights, rtol=1e-3, atol=2e-5), name
-    assert checkpoint["last_returns"] == pytest.approx(expected.returns[-100:])
-    assert checkpoint["eval_returns"] == pytest.approx(expected.eval_returns[-100:])
-    logged = curves(folder)
-    del logged["charts/SPS"]
-    assert set(logged) == set(expected.curves)
-    for name, points in expected.curves.items():
-        assert [x for _, x in logged[name]] == pytest.approx([x for _, x in points], rel=1e-3, abs=1e-5), name
+    literal.compare_a_resumed_run(literal.RecurrentTeamAlgorithm1, args, tiny_teams.EventfulTeam.made, train, curves)
 
 
 @pytest.mark.parametrize("normed", [{}, {"norm_type": "batch_norm", "normalize_input": True}], ids=["", "batch norm"])
