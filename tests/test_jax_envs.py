@@ -308,15 +308,19 @@ def test_a_battle_ends_when_it_is_decided_and_is_cut_short_at_its_limit(done, al
 # ------------------------------------------------------------------------------------------------ as a user sees it
 
 
-def test_every_name_is_registered():
-    assert all(gym.spec(name).vector_entry_point for name in jax_envs.NAMES)
-    import gymnax
-    from jaxmarl.environments.overcooked import overcooked_layouts
-    from jaxmarl.environments.smax import map_name_to_scenario
-
-    theirs = {f"{name}-v0" for name in gymnax.registered_envs} | {"MemoryChain100-bsuite-v0"}
-    assert {name for name in jax_envs.NAMES if "MinAtar" in name or "bsuite" in name or "misc" in name} <= theirs
-    assert set(jax_envs.OVERCOOKED) <= set(overcooked_layouts) and all(map(map_name_to_scenario, jax_envs.SMAX))
+@pytest.mark.parametrize("name", jax_envs.NAMES)
+def test_a_step_of_every_environment_takes_its_own_results_so_that_it_is_compiled_once(name):
+    """Traced, not compiled: shapes and types of what a reset and a step return."""
+    envs = gym.make_vec(name, num_envs=3, vectorization_mode="vector_entry_point").unwrapped
+    key, actions = jax.ShapeDtypeStruct((3, 2), np.uint32), jax.ShapeDtypeStruct(envs.action_space.shape, np.int32)
+    *reset, first = jax.eval_shape(envs.pure_reset, key)
+    *stepped, (obs, *signals, _) = jax.eval_shape(envs.pure_step, *reset, actions)
+    kind = lambda x: (x.shape, x.dtype, x.weak_type)
+    assert jax.tree.map(kind, (*reset, first)) == jax.tree.map(kind, (*stepped, obs))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), signals) == [((3,), np.float32), ((3,), bool), ((3,), bool)]
+    spaces = envs.observation_space
+    spaces = spaces.spaces if isinstance(obs, dict) else spaces
+    assert jax.tree.map(lambda x: x.shape, obs) == jax.tree.map(lambda space: space.shape, spaces)
 
 
 def test_without_the_packages_there_is_one_clear_line(tmp_path):
