@@ -8,7 +8,7 @@
 All copies of an environment are stepped by one compiled function. As in EnvPool and Gymnasium the step that ends an
 episode returns the episode's true last observation, and the step after it ignores its action and returns the first
 observation of a new one. Time limits are truncations, ends of the task terminations; where both fall on one step, both
-are said. Every copy has a random stream of its own.
+are said (for a team only the end). Every copy has a random stream of its own.
 
 A team of agents has one reward and, as EnvPool's Jumanji tasks have it, observations of two parts: `agents_view`, what
 each agent sees, and `action_mask`, which actions are legal for each of them now.
@@ -76,7 +76,7 @@ def gymnax_game(name, **params):
 
 
 def craftax_game(name, **params):
-    """Craftax, which says "done" for an end and the time limit alike: it is told of no limit, that is seen to here."""
+    """Craftax, which says "done" for an end and the time limit alike: its own limit is switched off, and kept here."""
     from craftax.craftax_env import make_craftax_env_from_name
 
     env = make_craftax_env_from_name(name, auto_reset=False)

@@ -6,7 +6,7 @@ what two papers explain their divergence with; equation numbers name the paper:
     004  "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL" (Yue et al., NeurIPS 2023):
          the self-excite eigenvalue measure (SEEM) of the neural tangent kernel; the step at which training must crash
 Every learning rate with every seed is a copy, and all copies train as one network with a leading dimension K; their
-measurements are in measures.csv in the run's folder. The algorithm ends with main(); bookkeeping follows.
+measurements are in measures.csv in the run's folder. After main() comes only bookkeeping.
 
     python offline_dqn.py --env-id CartPole-v1 --norm-type layer_norm
     python offline_dqn.py --env-id Pendulum-v1 --uniform-states --norm-type none --learning-rate 0.01 0.001
@@ -51,7 +51,7 @@ Rates = Annotated[tuple[float, ...], "positive, and at least one", lambda x: x a
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the walk of 004's Appendix E
+    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the walk of 004's published code
     gradient_steps: Count = 10_000  # gradient steps of the run, made by every copy
     # copies have this seed, the next one and so on: each seed has its own data set, first weights and minibatches
     seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
@@ -89,20 +89,18 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
-    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
-    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
+    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
+    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     if args.env_id == "toy":
         fail("the toy task is a data set: there is no environment to play in")
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
             if args.env_id in envpool.list_all_envs():
-                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             else:
-                envs = gym.make_vec(args.env_id, **kwargs)
-                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs = gym.make_vec(args.env_id, num_envs=num_envs, **options)
                 envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be

@@ -56,7 +56,8 @@ def main(args: Args):
     # The environments that act greedily in training do so here, without any to train on
     sizes = {"num_envs": 0, "num_eval_envs": args.episodes, "num_steps": 1}
     played = replace(trained, **{name: size for name, size in sizes.items() if hasattr(trained, name)})
-    envs = script.make_envs(played, args.episodes, (args.seed, 2**32), render=bool(args.video))
+    options = {"render_mode": "rgb_array"} if args.video else {}
+    envs = script.make_envs(played, args.episodes, (args.seed, 2**32), **options)
     try:
         network = script.QNetwork(*script.spaces(envs), played)
         network.load_state_dict(checkpoint["network"])

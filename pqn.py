@@ -1,8 +1,8 @@
 """PQN, the parallelised Q-network of "Simplifying Deep Temporal Difference Learning" (Gallici et al., ICLR 2025).
 
 Q-learning without replay buffer and without target network: LayerNorm keeps it stable, many environments stepped
-in parallel make its data diverse, Q(λ) returns make it fast. This file is all of it, for vector or discrete
-observations and discrete actions; equation numbers are the paper's. It ends with main(); bookkeeping follows.
+in parallel make its data diverse, Q(λ) returns make it fast. This file is all of it, for vectors, pictures
+or numbers as observations and discrete actions; equation numbers are the paper's. After main() comes only bookkeeping.
 
     python pqn.py --env-id CartPole-v1
     python pqn.py --env-id my_module:MyEnv-v0 --total-timesteps 200000 --seed 3
@@ -76,7 +76,7 @@ class Args:
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (256, 256)
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # after each hidden layer, before its ReLU
     normalize_input: bool = False  # batch-normalise the observations (§5.5, Fig. 6b)
-    # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
+    # ℓ² regularisation of the output layer: Eq. 9's coefficient times k, for LayerNorm lacks Eq. 6's 1/√k here
     l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
     log_interval: Count = 2_000  # environment steps between two points of the curves (one rollout at least)
     checkpoint_interval: Count = 100_000  # environment steps between checkpoints (there is always one at the end)
@@ -86,18 +86,16 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
-    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
-    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
+    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
+    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
             if args.env_id in envpool.list_all_envs():
-                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             else:
-                envs = gym.make_vec(args.env_id, **kwargs)
-                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs = gym.make_vec(args.env_id, num_envs=num_envs, **options)
                 envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
@@ -106,6 +104,8 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         fail(f"{args.env_id} has {action_space} actions: PQN needs Discrete ones")
     if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: PQN needs Box or Discrete ones, and not empty")
+    if observation_space.dtype == np.uint8 and len(shape := observation_space.shape) == 3 and shape[0] < min(shape[1:]):
+        fail(f"{args.env_id} has pictures with channels first: PQN needs them last (for Atari: pqn_atari_envpool.py)")
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
     return envs
@@ -262,7 +262,7 @@ def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lam
 
 def td_loss(network, obs, actions, targets, real, count, l2_coef: float):
     """½ mean (R − Q(s, a))² over the `count` real transitions of a minibatch (Algorithm 1, line 14); their mean
-    Q(s, a). Several processes count them together: each has its part of these means, and of the gradient."""
+    Q(s, a). `count` is over all processes: each has its part of these means, and of the gradient."""
     q_values = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
     errors = torch.where(real, targets - q_values, 0.0)
     loss = 0.5 * errors.square().sum() / count
@@ -287,12 +287,12 @@ class RAdam:
         self.plain, self.adaptive = self.weights.new_zeros(2)  # see prepare()
 
     def prepare(self, learning_rate):
-        """Says how far the next step() goes: in tensors, so that a compiled step is the same one for every length."""
+        """Sets how far the next step() goes: in tensors, so that it is compiled once and not for every length."""
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: `square` is as good as the mean of so many gradients
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -342,7 +342,7 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     device = pick_device(args.device)
     rank, ranks = processes()
-    check(args)
+    check(args, ranks)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
     batch_size = args.num_envs * args.num_steps
@@ -360,7 +360,7 @@ def main(args: Args):
     if checkpoint:
         restore(checkpoint, network, optimizer)
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # more gain little on that (80: the optimiser's part) and stall beside other programs
+        torch.set_num_threads(1)  # more threads gain little there (80 is RAdam's part) and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
@@ -423,13 +423,13 @@ def parse_args():
     return args
 
 
-def check(args: Args):
+def check(args: Args, ranks: int = 1):
     """Refuses options that are out of range or do not fit together."""
     for option in fields(args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    batch_size, ranks = args.num_envs * args.num_steps, processes()[1]
+    batch_size = args.num_envs * args.num_steps
     if args.num_envs % ranks:
         fail(f"--num-envs {args.num_envs} cannot be shared out evenly among {ranks} processes")
     if batch_size // ranks % args.num_minibatches:
@@ -483,7 +483,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
         sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
-        check(Args(**checkpoint["args"]))
+        check(replace(Args(**checkpoint["args"]), compile=False))  # main() looks at what can be done here and now
         return checkpoint
     except Exception as error:
         fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")

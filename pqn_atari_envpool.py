@@ -2,7 +2,7 @@
 
 Q-learning without replay buffer and without target network: LayerNorm keeps it stable, many EnvPool games played in
 parallel make its data diverse, Q(λ) returns make it fast. This file is all of it; it differs from pqn.py in the
-games, the convolutional network, its arithmetic and CUDA graphs. It ends with main(); bookkeeping follows.
+games, the convolutional network, its arithmetic and CUDA graphs. After main() comes only bookkeeping.
 
     python pqn_atari_envpool.py --env-id Breakout-v5
     python pqn_atari_envpool.py --env-id Pong-v5 --total-timesteps 5e7     # the paper's 200M frames
@@ -87,7 +87,7 @@ class Args:
 
     # normalisation before each ReLU: over the channels at each position, over the whole feature map, over the batch
     norm_type: Literal["layer_norm", "layer_norm_map", "batch_norm", "none"] = "layer_norm"
-    # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
+    # ℓ² regularisation of the output layer: Eq. 9's coefficient times k, for LayerNorm lacks Eq. 6's 1/√k here
     l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
     log_interval: Count = 4_000  # environment steps between two points of the curves (one rollout at least)
     checkpoint_interval: Count = 250_000  # environment steps between checkpoints (there is always one at the end)
@@ -97,7 +97,7 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
     """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
     copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
@@ -107,10 +107,9 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = F
         hint = f"did you mean {games[close[0]]}?" if close else "pqn.py is for other environments"
         fail(f"{args.env_id!r} is no Atari game of EnvPool: {hint}")
     names = "episodic_life reward_clip repeat_action_probability frame_skip stack_num noop_max use_fire_reset"
-    kwargs = {name: getattr(args, name) for name in f"{names} full_action_space max_episode_steps".split()}
-    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    options |= {name: getattr(args, name) for name in f"{names} full_action_space max_episode_steps".split()}
     try:
-        return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **kwargs)
+        return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
     except Exception as error:
         fail(f"cannot make {args.env_id}: {error}")
 
@@ -240,7 +239,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 def norm_layer(norm_type, channels, *positions):
     if norm_type == "layer_norm":  # Eq. 6 without its factor 1/√k, with a learned scale and shift
         return (ChannelLayerNorm if positions else nn.LayerNorm)(channels, eps=1e-6)
-    if norm_type == "layer_norm_map":  # what PyTorch ports of PQN do
+    if norm_type == "layer_norm_map":  # what CleanRL's PQN does
         return nn.LayerNorm((channels, *positions), eps=1e-6)
     if norm_type == "batch_norm":  # Flax keeps 0.99 of the running statistics at each step: PyTorch's momentum 0.01
         return (nn.BatchNorm2d if positions else nn.BatchNorm1d)(channels, momentum=0.01)
@@ -278,7 +277,7 @@ def q_lambda_targets(rewards, values, terminated, truncated, gamma: float, q_lam
 
 def td_loss(network, obs, actions, targets, real, count, l2_coef: float):
     """½ mean (R − Q(s, a))² over the `count` real transitions of a minibatch (Algorithm 1, line 14); their mean
-    Q(s, a). Several processes count them together: each has its part of these means, and of the gradient."""
+    Q(s, a). `count` is over all processes: each has its part of these means, and of the gradient."""
     q_values = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
     errors = torch.where(real, targets - q_values, 0.0)
     loss = 0.5 * errors.square().sum() / count
@@ -303,12 +302,12 @@ class RAdam:
         self.plain, self.adaptive = self.weights.new_zeros(2)  # see prepare()
 
     def prepare(self, learning_rate):
-        """Says how far the next step() goes: in tensors, so that a compiled step is the same one for every length."""
+        """Sets how far the next step() goes: in tensors, so that it is compiled once and not for every length."""
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: `square` is as good as the mean of so many gradients
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -358,7 +357,7 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     device = pick_device(args.device)
     rank, ranks = processes()
-    check(args)
+    check(args, ranks)
     keep_freed_memory()
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
@@ -378,7 +377,7 @@ def main(args: Args):
     if checkpoint:
         restore(checkpoint, network, optimizer)
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # more gain little on that (80: the optimiser's part) and stall beside other programs
+        torch.set_num_threads(1)  # more threads gain little there (80 is RAdam's part) and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
     compute_targets = capture(partial(q_lambda_targets, gamma=args.gamma, q_lambda=args.q_lambda), args, device)
@@ -442,13 +441,13 @@ def parse_args():
     return args
 
 
-def check(args: Args):
+def check(args: Args, ranks: int = 1):
     """Refuses options that are out of range or do not fit together."""
     for option in fields(args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    batch_size, ranks = args.num_envs * args.num_steps, processes()[1]
+    batch_size = args.num_envs * args.num_steps
     if args.num_envs % ranks:
         fail(f"--num-envs {args.num_envs} cannot be shared out evenly among {ranks} processes")
     if batch_size // ranks % args.num_minibatches:
@@ -551,7 +550,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
         sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
-        check(Args(**checkpoint["args"]))
+        check(replace(Args(**checkpoint["args"]), compile=False))  # main() looks at what can be done here and now
         return checkpoint
     except Exception as error:
         fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")

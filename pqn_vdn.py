@@ -3,11 +3,10 @@ Difference Learning" (Gallici et al., ICLR 2025).
 
 A team gets one reward. All agents act by the same network, each on what it sees, and the value of what they do together
 is the sum of their Q-values: learning that sum by Q(λ) teaches every agent its part. Everything else is pqn.py's, and
-`diff pqn.py pqn_vdn.py` shows what teams change. It ends with main(); bookkeeping follows.
+`diff pqn.py pqn_vdn.py` shows what teams change. After main() comes only bookkeeping.
 
     python pqn_vdn.py --env-id LevelBasedForaging-v0
     python pqn_vdn.py --env-id jax_envs:overcooked-cramped_room-v0
-    python pqn_vdn.py --resume runs/LevelBasedForaging-v0__pqn_vdn__1__1700000000 --total-timesteps 10000000
     python play.py runs/jax_envs-overcooked-cramped_room-v0__pqn_vdn__1__1700000000 --video soup.mp4
 """
 
@@ -74,7 +73,7 @@ class Args:
     # the gradient's norm is clipped to this: the authors' number, though their loss for teams is twice this one
     max_grad_norm: Positive = 10.0
     reward_scale: Positive = 1.0  # rewards are multiplied by this in the targets, not in the logged returns
-    # environment steps over which a reward for the steps on the way (info["shaped_reward"], Overcooked) fades to 0
+    # environment steps over which the reward for progress (info["shaped_reward"], Overcooked) fades to 0
     shaping_timesteps: Whole = 2_500_000
     independent: bool = False  # no decomposition: each agent learns the team's return by a TD error of its own
 
@@ -82,7 +81,7 @@ class Args:
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (512, 512)
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # after each hidden layer, before its ReLU
-    # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
+    # ℓ² regularisation of the output layer: Eq. 9's coefficient times k, for LayerNorm lacks Eq. 6's 1/√k here
     l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
     log_interval: Count = 10_000  # environment steps between two points of the curves (one rollout at least)
     checkpoint_interval: Count = 250_000  # environment steps between checkpoints (there is always one at the end)
@@ -92,18 +91,16 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
-    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
-    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
+    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
+    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
             if args.env_id in envpool.list_all_envs():
-                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             else:
-                envs = gym.make_vec(args.env_id, **kwargs)
-                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs = gym.make_vec(args.env_id, num_envs=num_envs, **options)
                 envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
@@ -154,7 +151,7 @@ def act(network, obs, explore, random_numbers):
     values, actions = q_values.max(2)
     N = len(explore)
     legal = network.legal(obs[:N])
-    k = random_numbers % legal.sum(2)  # the k-th legal action, counted from 0, is the one after all with k or fewer
+    k = random_numbers % legal.sum(2)  # the k-th legal action, from 0, is where the count reaches k + 1
     random_actions = (legal.cumsum(2) <= k.unsqueeze(2)).sum(2)
     actions[:N] = torch.where(explore, random_actions, actions[:N])
     return actions, values[:N]
@@ -304,7 +301,7 @@ def decompose(q_values, independent: bool):
 
 def td_loss(network, obs, actions, targets, real, count, l2_coef: float, independent: bool):
     """½ mean (R − Q(s, a))² over the `count` real transitions of a minibatch (Algorithm 1, line 14); their mean
-    Q(s, a). Several processes count them together: each has its part of these means, and of the gradient."""
+    Q(s, a). `count` is over all processes: each has its part of these means, and of the gradient."""
     q_values = decompose(network(obs).gather(2, actions.unsqueeze(2)).squeeze(2), independent)
     errors = torch.where(real.unsqueeze(1), targets - q_values, 0.0)
     loss = 0.5 * errors.square().mean(1).sum() / count
@@ -329,12 +326,12 @@ class RAdam:
         self.plain, self.adaptive = self.weights.new_zeros(2)  # see prepare()
 
     def prepare(self, learning_rate):
-        """Says how far the next step() goes: in tensors, so that a compiled step is the same one for every length."""
+        """Sets how far the next step() goes: in tensors, so that it is compiled once and not for every length."""
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: `square` is as good as the mean of so many gradients
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -384,7 +381,7 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     device = pick_device(args.device)
     rank, ranks = processes()
-    check(args)
+    check(args, ranks)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
     batch_size = args.num_envs * args.num_steps
@@ -403,7 +400,7 @@ def main(args: Args):
         restore(checkpoint, network, optimizer)
     rows = batch_size * network.agents / args.num_minibatches
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, rows) < 16e6:
-        torch.set_num_threads(1)  # more gain little on that (80: the optimiser's part) and stall beside other programs
+        torch.set_num_threads(1)  # more threads gain little there (80 is RAdam's part) and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped
@@ -469,13 +466,13 @@ def parse_args():
     return args
 
 
-def check(args: Args):
+def check(args: Args, ranks: int = 1):
     """Refuses options that are out of range or do not fit together."""
     for option in fields(args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    batch_size, ranks = args.num_envs * args.num_steps, processes()[1]
+    batch_size = args.num_envs * args.num_steps
     if args.num_envs % ranks:
         fail(f"--num-envs {args.num_envs} cannot be shared out evenly among {ranks} processes")
     if batch_size // ranks % args.num_minibatches:
@@ -529,7 +526,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
         sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
-        check(Args(**checkpoint["args"]))
+        check(replace(Args(**checkpoint["args"]), compile=False))  # main() looks at what can be done here and now
         return checkpoint
     except Exception as error:
         fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")

@@ -3,7 +3,7 @@ LSTM, after "Simplifying Deep Temporal Difference Learning" (Gallici et al., ICL
 
 A team gets one reward. All agents act by the same network, each by what it has seen and done itself, and the value of
 what they do together is the sum of their Q-values. `diff pqn_lstm.py pqn_vdn_lstm.py` shows what teams change,
-`diff pqn_vdn.py pqn_vdn_lstm.py` what recurrence does. This file ends with main(); bookkeeping follows.
+`diff pqn_vdn.py pqn_vdn_lstm.py` what recurrence does. After main() comes only bookkeeping.
 
 The defaults are the authors' for Smax, without the memory window of 4 that they combine with batch norm. Their agent
 has a GRU in the LSTM's place, and does not see its last action.
@@ -87,7 +87,7 @@ class Args:
     memory_window: Whole = 0
     norm_type: Literal["layer_norm", "batch_norm", "none"] = "batch_norm"  # after each hidden layer, before its ReLU
     normalize_input: bool = True  # batch-normalise the observations (§5.5, Fig. 6b)
-    # ℓ² regularisation of the output layer's weights: k times the w of Eq. 9, for LayerNorm lacks Eq. 6's 1/√k here
+    # ℓ² regularisation of the output layer, as in Eq. 9
     l2_coef: Annotated[float, "in [0, 1e30)", lambda x: 0 <= x < 1e30] = 0.0
     log_interval: Count = 10_000  # environment steps between two points of the curves (one rollout at least)
     checkpoint_interval: Count = 250_000  # environment steps between checkpoints (there is always one at the end)
@@ -97,18 +97,16 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
-    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
-    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
+    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
+    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
             if args.env_id in envpool.list_all_envs():
-                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             else:
-                envs = gym.make_vec(args.env_id, **kwargs)
-                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs = gym.make_vec(args.env_id, num_envs=num_envs, **options)
                 envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be
@@ -158,7 +156,7 @@ def act(network, obs, last_actions, starts, hidden, cell, explore, random_number
     actions = q_values[0].argmax(2)
     N = len(explore)
     legal = network.legal(obs[:N])
-    k = random_numbers % legal.sum(2)  # the k-th legal action, counted from 0, is the one after all with k or fewer
+    k = random_numbers % legal.sum(2)  # the k-th legal action, from 0, is where the count reaches k + 1
     random_actions = (legal.cumsum(2) <= k.unsqueeze(2)).sum(2)
     actions[:N] = torch.where(explore, random_actions, actions[:N])
     return actions, state
@@ -395,12 +393,12 @@ class RAdam:
         self.plain, self.adaptive = self.weights.new_zeros(2)  # see prepare()
 
     def prepare(self, learning_rate):
-        """Says how far the next step() goes: in tensors, so that a compiled step is the same one for every length."""
+        """Sets how far the next step() goes: in tensors, so that it is compiled once and not for every length."""
         self.steps += 1
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: `square` is as good as the mean of so many gradients
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -449,7 +447,7 @@ def main(args: Args):
     # Set up: nothing is written before everything has been checked
     device = pick_device(args.device)
     rank, ranks = processes()
-    check(args)
+    check(args, ranks)
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     step = checkpoint["step"] if checkpoint else 0  # environment steps so far, of all environments together
     batch_size = args.num_envs * args.num_steps
@@ -526,13 +524,12 @@ def parse_args():
     return args
 
 
-def check(args: Args):
+def check(args: Args, ranks: int = 1):
     """Refuses options that are out of range or do not fit together."""
     for option in fields(args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    ranks = processes()[1]
     if args.num_envs % ranks:
         fail(f"--num-envs {args.num_envs} cannot be shared out evenly among {ranks} processes")
     if args.num_envs // ranks % args.num_minibatches:
@@ -588,7 +585,7 @@ def load_checkpoint(folder, script=Path(__file__).stem):
         if damaged or checkpoint["script"] != script:
             raise ValueError("its data are damaged" if damaged else f"it was made by {checkpoint['script']}.py")
         sum([len(range(checkpoint["step"])), *checkpoint["last_returns"], *checkpoint["eval_returns"]])  # are numbers
-        check(Args(**checkpoint["args"]))
+        check(replace(Args(**checkpoint["args"]), compile=False))  # main() looks at what can be done here and now
         return checkpoint
     except Exception as error:
         fail(f"{path} is broken, or was not made by this version of {script}.py: {error}")

@@ -1,9 +1,9 @@
 """PreQN, the preconditioned Q-network of "Towards Characterizing Divergence in Deep Q-Learning" (Achiam et al., 2019).
 
 Q-learning for continuous actions without target network, second Q or adaptive critic optimizer. Each step of the critic
-solves for the weights that move Q on the minibatch towards its targets and nowhere else, to first order, and is checked
-before it is taken. This file is all of it, in the style of DDPG (Algorithm 1); equation numbers are the paper's. It
-ends with main(); bookkeeping follows.
+solves for the weights that move Q on the minibatch straight towards its targets, to first order, and is checked before
+it is taken. This file is all of it, in the style of DDPG (Algorithm 1); equation numbers are the paper's. After main()
+comes only bookkeeping.
 
     python preqn.py --env-id HalfCheetah-v5
     python preqn.py --env-id Pendulum-v1 --total-timesteps 20000 --activation relu
@@ -94,18 +94,16 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ environments
-def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], render: bool = False):
-    """A vector environment in which every copy has a random stream of its own. (Given a single seed, EnvPool seeds
-    copy i with seed + i, and runs with neighbouring seeds would share all but one of their streams.)"""
+def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
+    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
+    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
-    kwargs = {"num_envs": num_envs} | ({"render_mode": "rgb_array"} if render else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
             if args.env_id in envpool.list_all_envs():
-                envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **kwargs)
+                envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             else:
-                envs = gym.make_vec(args.env_id, **kwargs)
-                # Not a list for an environment that comes vectorised: its copies share one random stream
+                envs = gym.make_vec(args.env_id, num_envs=num_envs, **options)
                 envs.reset(seed=seeds if isinstance(envs, gym.vector.SyncVectorEnv) else seeds[0])
             observation_space, action_space = spaces(envs)
     except Exception as error:  # Gymnasium's says what the name may have been meant to be

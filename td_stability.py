@@ -19,8 +19,8 @@ Let a = (γL/2) ‖v_w‖ and b = (γg/2) ‖v_M‖ with g = max ‖∇_M Q(x)�
 Since (a + b)² <= η a² + η/(η−1) b² (equal for some v), Eq. 9 makes C_OffPolicy negative for every d^μ once
 (γg/2)² < (η−1)²/η, for which k > k′ = (γ L ‖w‖ ‖x‖ / 2σ̂)² η/(η−1)² is enough.
 
-Where a statement says "for any v", the largest eigenvalue stands for all v at once. Theorem 2 and Lemma 2 also say "for
-any weights": random weights can refute that, not prove it. The case "parallel rows" is a bad M by the formula for k′:
+Where a statement says "for any v", the largest eigenvalue stands for all v at once. Theorem 2 and Lemma 2 also hold for
+any weights: random ones can refute that, not prove it. The case "parallel rows" is a bad M by the formula for k′:
 its rows differ so little that σ̂ is small. The TD error is held at --td-error in every state, as though by the choice of
 rewards: with random weights of this size Q, and with it the TD error, would vanish as k grows, and the nonlinear part
 with it, whatever LayerNorm does.

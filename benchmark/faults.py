@@ -57,7 +57,7 @@ class TwoPools:
 def cut_short(make_envs, limit):
     """make_envs() whose training environments are truncated after `limit` steps."""
 
-    def make(args, num_envs, seed, render=False):
+    def make(args, num_envs, seed):
         greedy = make_envs(args, max(args.num_eval_envs, 1), (*seed[:2], 1))  # which also reports a wrong --env-id
         if args.env_id not in envpool.list_all_envs():
             pqn.fail(f"{args.env_id} is not one of EnvPool's")

@@ -4,7 +4,7 @@
     python benchmark/speed.py --script pqn_atari_envpool pqn_atari_lstm                   # and their ratio
     python benchmark/speed.py --script pqn --num-envs 1024 --num-eval-envs 0              # any option of the script
     python benchmark/speed.py --script pqn --num-envs 32 --num-steps 64 --num-minibatches 16 --update-epochs 4 \\
-        --hidden-sizes 120 84 --num-eval-envs 0                                           # what CleanRL's pqn.py does
+        --hidden-sizes 120 84 --num-eval-envs 0                                           # with CleanRL's network
     python benchmark/speed.py --script pqn --sweep num_envs 8 32 128 512 2048             # also a CSV and its plot
     python benchmark/speed.py --script pqn --sweep hidden_sizes 64,64 256,256 1024,1024
     python benchmark/speed.py --script pqn_atari_envpool --sweep num_minibatches 64 32 16 8

@@ -104,6 +104,7 @@ VECTORS = zero("reward-scale hidden-sizes") + [
     ("--env-id Pendulum-v1", "Discrete"),
     ("--env-id MiniGrid-Empty-5x5-v0", "Box or Discrete"),
     ("--env-id tiny_envs:Empty-v0", "not empty"),
+    ("--env-id Pong-v5", "channels first"),
     ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
     ("--total-timesteps 100", "2048"),
 ]
@@ -143,6 +144,22 @@ def test_bad_options_get_one_line_and_exit_code_2_before_anything_is_written(scr
 def test_compiling_without_a_compiler_is_refused(script, refusal, monkeypatch):
     monkeypatch.setenv("CXX", "nonexistent")
     assert "CXX" in refusal(script, "--compile")
+
+
+def test_what_a_run_was_started_with_matters_only_where_it_is_asked_for_again(train, refusal, monkeypatch):
+    """A compiled run is loaded where nothing can be compiled, and one of 4 environments by 3 processes."""
+    folder, checkpoint = train(SMALL)
+    checkpoint["args"]["compile"] = True
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    monkeypatch.setenv("CXX", "nonexistent")
+    assert "CXX" in refusal("pqn", "--resume", folder, *LONGER)
+    monkeypatch.setattr(sys, "argv", ["pqn.py", "--resume", str(folder), "--no-compile", *LONGER])
+    pqn.main(pqn.parse_args())
+    with monkeypatch.context() as patched:
+        patched.setattr(pqn, "processes", lambda: (0, 3))
+        assert pqn.load_checkpoint(folder)["step"] == 640
+    with pytest.raises(SystemExit):
+        pqn.check(SMALL, ranks=3)
 
 
 def test_a_user_sees_the_same_and_may_keep_an_environment_in_the_working_directory():
