@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -505,6 +506,8 @@ def main(args: Args):
     step = checkpoint["step"] if checkpoint else 0  # gradient steps so far, of every copy
     if step >= args.gradient_steps:
         fail(f"the run has made {step} gradient steps already: --gradient-steps {args.gradient_steps} adds none")
+    if step % args.measure_interval:
+        fail(f"--measure-interval {args.measure_interval} does not divide the {step} gradient steps already made")
     observation_space, action_space, data = make_data(args, device)
     learning_rates = torch.tensor(args.learning_rate, dtype=torch.float64).repeat_interleave(args.num_seeds).to(device)
     network = QNetwork(observation_space, action_space, args, copies=len(learning_rates))
@@ -552,6 +555,12 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def say(*words, end="\n"):
+    with suppress(OSError):  # of a terminal or pipe that has been closed: the run goes on, and can be saved
+        return print(*words, end=end, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def parse_args():
     """The command line, where 1e6 is a whole number. With --resume, it replaces options of the run that goes on."""
     whole = lambda match: f"{float(match[0]):.0f}" if float(match[0]).is_integer() else match[0]
@@ -592,8 +601,7 @@ def pick_device(name):
 
 
 def load_checkpoint(folder, script=Path(__file__).stem):
-    path = Path(folder, "checkpoint.pt")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path := Path(folder, "checkpoint.pt")):
         fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
@@ -631,6 +639,7 @@ class Run:
         self.columns, self.table = (checkpoint["columns"], checkpoint["table"]) if checkpoint else ([], [])
         self.stopped = 0  # the last signal
         self.started = self.shown = time.monotonic()
+        self.speed = 0.0
         name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
         self.folder = Path(args.resume or f"runs/{name}__{time.time_ns() // 1_000_000}")
         try:
@@ -643,7 +652,7 @@ class Run:
             reason = "another process is at work in it" if isinstance(error, BlockingIOError) else error
             fail(f"cannot open the run {self.folder}: {reason}")
         K, P = weights.shape
-        print(f"{self.folder}: {args.env_id} on {weights.device}, {K} copies of {P:,} parameters each", flush=True)
+        say(f"{self.folder}: {args.env_id} on {weights.device}, {K} copies of {P:,} parameters each")
 
     def column(self, name):  # (measurements, K)
         return torch.stack(self.table)[:, :, self.columns.index(name)]
@@ -666,12 +675,12 @@ class Run:
         self.speed = (step - self.first_step) / (now - self.started)
         if now - self.shown > 10 and self.speed:
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
-            words = f"{step:,}/{total:,} steps", f"{self.speed:,.0f}/s", f"{left} left"
-            print(*words, f"{(diverged_at >= 0).sum()} of {K} copies diverged", sep=", ", flush=True)
+            words = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left"
+            say(f"{words}, {(diverged_at >= 0).sum()} of {K} copies diverged")
 
     def save(self, step, network, optimizer, generators, diverged_at):
-        """Written beside the old checkpoint and then put in its place, so that there is a whole one at any time."""
-        content, unfinished = io.BytesIO(), self.folder / "checkpoint.pt.tmp"
+        """Written beside the old files and then put in their place, so that there are whole ones at any time."""
+        content, table = io.BytesIO(), io.StringIO(newline="")
         state = {"script": Path(__file__).stem, "args": asdict(self.args), "threads": torch.get_num_threads()}
         evaluated = [row for row in self.column("return") if not row.isnan().all()] or [torch.zeros(network.copies)]
         best, copies = int(evaluated[-1].nan_to_num(-math.inf).argmax()), network.state_dict()  # play.py plays it
@@ -680,17 +689,18 @@ class Run:
         state |= {"generators": [generator.get_state() for generator in generators]}
         state |= {"optimizer": {name: getattr(optimizer, name) for name in ("mean", "square", "steps")}}
         state |= {"table": self.table, "columns": self.columns, "eval_returns": [float(row[best]) for row in evaluated]}
-        with open(self.folder / "measures.csv", "w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *torch.cat(self.table).tolist()])
+        csv.writer(table).writerows([self.columns, *torch.cat(self.table).tolist()])
         torch.save(state, content)  # to memory: on a full disk torch.save() does not say what is wrong
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.folder / "checkpoint.pt")
-        finally:
-            unfinished.unlink(missing_ok=True)
+        for name, data in {"measures.csv": table.getvalue().encode(), "checkpoint.pt": content.getbuffer()}.items():
+            unfinished = self.folder / f"{name}.tmp"
+            try:
+                with open(unfinished, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, self.folder / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
         self.writer.flush()
 
     def finish(self, step):
@@ -702,10 +712,10 @@ class Run:
             if at >= 0:
                 foreseen = crash[(steps <= 0.8 * at).sum() - 1, i]
                 words += f", diverged at step {at:.0f} (foreseen at 80% of the way: {foreseen:.0f})"
-            print(words)
-        print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
+            say(words)
+        say(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s of every copy")
         advice = "its measures.csv is in" if self.args.env_id == "toy" else "evaluate the best copy with python play.py"
-        print(advice if done else "go on with --resume", self.folder)
+        say(advice if done else "go on with --resume", self.folder)
         if not done:
             raise SystemExit(128 + self.stopped)
 
@@ -713,7 +723,8 @@ class Run:
         def stop(signum, _):
             self.stopped = signum
             signal.signal(signum, signal.SIG_DFL)
-            os.write(2, b"\nstopping after the next measurement\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopping after the next measurement\n")
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}

@@ -223,11 +223,10 @@ class Collector:
             self.keep_state()
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("the environment returned a reward that is not finite")
-        on_host = self.rewards, self.terminated, self.truncated, self.real
-        moved = (torch.from_numpy(x).to(self.device) for x in on_host)
+        rest = (torch.from_numpy(x).to(self.device) for x in (self.rewards, self.terminated, self.truncated, self.real))
         hidden, cell = (x.unsqueeze(0) for x in self.stored_state)  # the environments are the second dimension
         seen = self.stored_obs, self.stored_last_actions, self.stored_starts, hidden, cell
-        return (*seen, self.actions, *moved), episodes, eval_episodes
+        return (*seen, self.actions, *rest), episodes, eval_episodes
 
     def keep_state(self):
         for kept, state in zip(self.next_state, self.state, strict=True):
@@ -493,6 +492,12 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def say(*words, end="\n"):
+    with suppress(OSError):  # of a terminal or pipe that has been closed: the run goes on, and can be saved
+        return print(*words, end=end, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def parse_args():
     """The command line, where 1e6 is a whole number. With --resume, it replaces options of the run that goes on."""
     whole = lambda match: f"{float(match[0]):.0f}" if float(match[0]).is_integer() else match[0]
@@ -550,16 +555,8 @@ def add_up(tensor):
     return tensor
 
 
-def gather(x):
-    everyone = [x] * processes()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, x)
-    return everyone
-
-
 def load_checkpoint(folder, script=Path(__file__).stem):
-    path = Path(folder, "checkpoint.pt")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path := Path(folder, "checkpoint.pt")):
         fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
@@ -617,13 +614,16 @@ class Run:
         rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
         self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
         device = f"{weights.device} ({torch.get_num_threads()} CPU threads)" + ", compiling first" * args.compile
-        print(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters", flush=True)
+        say(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters")
         if args.anneal_lr and args.total_timesteps > args.schedule_timesteps:
-            print(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
+            say(f"from step {args.schedule_timesteps:,} on the learning rate is 0: see --schedule-timesteps")
 
     def log(self, step, epsilon, learning_rate, episodes, metrics, updates):
         """A point of every curve, the mean since the last one, when --log-interval is over; and the progress line."""
-        signals, paths, lists, sums = zip(*gather((self.signal, self.folder, episodes, metrics.tolist())), strict=True)
+        everyone = [(self.signal, self.folder, episodes, metrics.tolist())] * processes()[1]
+        if dist.is_initialized():
+            dist.all_gather_object(everyone, everyone[0])
+        signals, paths, lists, sums = zip(*everyone, strict=True)
         self.stopped, self.folder = max(signals), paths[0]  # several processes stop after the same rollout
         self.metrics += np.sum(sums, 0) / (1, 1, len(sums))  # each has its part of the first two, and the whole norm
         self.updates += updates
@@ -648,8 +648,7 @@ class Run:
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
             line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}, ε {epsilon:.3f}"
-            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
-            print(line, end="", flush=True)
+            say(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n", end="")
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
@@ -677,8 +676,8 @@ class Run:
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         if processes()[0] == 0:
             self.writer.close()
-            print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
-            print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
+            say(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
+            say("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
         if not done:
@@ -688,7 +687,8 @@ class Run:
         def stop(signum, _):
             self.signal = signum
             signal.signal(signum, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this rollout\n" * (processes()[0] == 0))
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this rollout\n" * (processes()[0] == 0))
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
@@ -698,10 +698,10 @@ class Run:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.lock = None  # closed, and so released
-        print(end="\n" * self.live)  # what comes next starts below the progress line
+        say(end="\n" * self.live)  # what comes next starts below the progress line
         if isinstance(error, Exception):
             functions = {frame.name for frame in traceback.extract_tb(where)}
-            if functions & {"add_up", "gather"}:
+            if functions & {"add_up", "all_gather_object"}:
                 error = ConnectionError(f"another process of this run has ended, or cannot be reached: {error}")
             if "step_envs" in functions or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):
                 traceback.print_exception(error)

@@ -27,6 +27,7 @@ import traceback
 import warnings
 import zipfile
 from collections import deque
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -446,7 +447,7 @@ def analyse(args: Args, device, samples=1000, networks=3):
     torch.manual_seed(args.seed)
     try:
         Path(args.analyse).parent.mkdir(parents=True, exist_ok=True)
-        file = open(f"{args.analyse}.csv", "w", newline="")
+        file = open(f"{args.analyse}.csv", "a", newline="")  # what it has stays until there is something better
     except OSError as error:
         fail(f"cannot write {args.analyse}.csv: {error.strerror}")
     obs, ended, pairs = envs.reset()[0], False, []
@@ -467,6 +468,7 @@ def analyse(args: Args, device, samples=1000, networks=3):
             facts = describe(kernel(q_gradients(critic, obs, actions)[1]), args)
             rows.append(names | {"network": network} | {name: f"{float(value):.5g}" for name, value in facts.items()})
     with file:
+        file.truncate(0)
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -497,6 +499,12 @@ def fail(message, code=2):
     """Ends the program with one line for the user; with code 2, nothing is written."""
     print("error:", " ".join(message.split())[:500], file=sys.stderr)
     raise SystemExit(code)
+
+
+def say(*words, end="\n"):
+    with suppress(OSError):  # of a terminal or pipe that has been closed: the run goes on, and can be saved
+        return print(*words, end=end, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def parse_args():
@@ -534,8 +542,7 @@ def pick_device(name):
 
 
 def load_checkpoint(folder, script=Path(__file__).stem):
-    path = Path(folder, "checkpoint.pt")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path := Path(folder, "checkpoint.pt")):
         fail(f"there is no checkpoint in {folder!r}: name a run's folder, runs/...")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which executes no code
@@ -574,6 +581,7 @@ class Run:
         self.episodes, self.metrics = ([], []), {}  # since the last point of the curves
         self.stopped = 0  # the signal that it stops for
         self.started = self.shown = time.monotonic()
+        self.speed = 0.0
         name = re.sub(r"[^\w.-]", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
         self.folder = Path(args.resume or f"runs/{name}__{time.time_ns() // 1_000_000}")
         try:
@@ -593,7 +601,7 @@ class Run:
         rows = "".join(f"|{k}|{v}|\n" for k, v in (asdict(args) | {"device": weights.device}).items())
         self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}", self.first_step)
         device = f"{weights.device} ({torch.get_num_threads()} CPU threads)"
-        print(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters", flush=True)
+        say(f"{self.folder}: {args.env_id} on {device}, {len(weights):,} parameters")
 
     def log(self, step, episodes, updates):
         """A point of every curve, the mean since the last one, when --log-interval is over; and the progress line."""
@@ -616,8 +624,7 @@ class Run:
         if now - self.shown > (0.2 if self.live else 10):  # a live line on a terminal, plain ones in a pipe
             self.shown, left = now, timedelta(seconds=int((total - step) / self.speed))
             line = f"{step:,}/{total:,} steps, {self.speed:,.0f}/s, {left} left, {self.summary()}"
-            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n"
-            print(line, end="", flush=True)
+            say(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if self.live else line + "\n", end="")
 
     def summary(self):
         train, greedy = (f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else "-" for x in self.last_returns)
@@ -647,8 +654,8 @@ class Run:
     def finish(self, step):
         done = step + self.args.num_envs * self.args.num_steps > self.args.total_timesteps
         self.writer.close()
-        print(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
-        print("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
+        say(f"{'done' if done else 'stopped'} at step {step:,}, {self.speed:,.0f} steps/s, {self.summary()}")
+        say("evaluate the final agent with python play.py" if done else "go on with --resume", self.folder)
         if not done:
             raise SystemExit(128 + self.stopped)
 
@@ -656,7 +663,8 @@ class Run:
         def stop(signum, _):
             self.stopped = signum
             signal.signal(signum, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this rollout\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this rollout\n")
 
         signals = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
         self.handlers = {signum: signal.signal(signum, stop) for signum in signals}
@@ -666,7 +674,7 @@ class Run:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.lock = None  # closed, and so released
-        print(end="\n" * self.live)  # what comes next starts below the progress line
+        say(end="\n" * self.live)  # what comes next starts below the progress line
         if isinstance(error, Exception):
             functions = {frame.name for frame in traceback.extract_tb(where)}
             if "step_envs" in functions or not isinstance(error, FloatingPointError | OSError | torch.OutOfMemoryError):

@@ -447,6 +447,35 @@ def test_an_error_while_training_ends_in_one_line_that_tells_how_to_go_on(monkey
     assert exit.value.code == 1 and capsys.readouterr().err == "error: no space left\n"
 
 
+def test_a_full_disk_keeps_the_last_whole_checkpoint_and_measures(monkeypatch, capsys):
+    def full(file):
+        raise OSError("no space left")
+
+    folder, *_ = train(gradient_steps=4)
+    whole = {path: path.read_bytes() for path in (folder / "checkpoint.pt", folder / "measures.csv")}
+    monkeypatch.setattr(script.os, "fsync", full)
+    with pytest.raises(SystemExit) as exit:
+        train(resume=str(folder))
+    advice = f"--resume {folder} goes on from its last checkpoint"
+    assert exit.value.code == 1 and capsys.readouterr().err == f"error: no space left; {advice}\n"
+    assert all(path.read_bytes() == content for path, content in whole.items()) and not list(folder.glob("*.tmp"))
+
+
+def test_measurements_stay_evenly_spaced_when_a_run_goes_on(capsys):
+    folder, *_ = train(gradient_steps=4)
+    with pytest.raises(SystemExit) as exit:
+        train(resume=str(folder), gradient_steps=9, eval_interval=3, measure_interval=3)
+    assert exit.value.code == 2 and "--measure-interval 3 does not divide the 4" in capsys.readouterr().err
+
+
+def test_a_resumed_run_that_is_stopped_before_its_first_step_says_so(heeded_signals, monkeypatch, capsys):
+    folder, *_ = train(gradient_steps=4)
+    monkeypatch.setattr(script, "measure", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or ({}, None))
+    with pytest.raises(SystemExit) as exit:
+        train(resume=str(folder))
+    assert exit.value.code == 128 + signal.SIGTERM and "stopped at step 4" in capsys.readouterr().out
+
+
 def test_same_seed_same_bits_and_another_seed_others():
     runs = [train(seed=seed)[1]["copies"] for seed in (1, 1, 3)]
     assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())

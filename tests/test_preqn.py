@@ -573,6 +573,17 @@ def test_the_analysis_leaves_a_figure_and_rows_of_every_architecture(in_an_empty
     assert np.isin(taken, np.stack([Counting.action_space.low, Counting.action_space.high])).all()
 
 
+def test_an_analysis_that_is_interrupted_leaves_the_old_rows(in_an_empty_folder, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    Path("kernels.csv").write_text("old")
+    monkeypatch.setattr(preqn, "describe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preqn.analyse(arguments(env_id="Ending-v0", analyse="kernels"), torch.device("cpu"), samples=12, networks=2)
+    assert Path("kernels.csv").read_text() == "old"
+
+
 # ------------------------------------------------------------------------------------------- refusals and interruptions
 
 

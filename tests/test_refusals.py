@@ -392,6 +392,23 @@ def test_a_signal_that_is_ignored_stays_ignored(signum, heeded_signals, train, m
     assert capfd.readouterr().err == "" and signal.getsignal(signum) == signal.SIG_IGN
 
 
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT], ids=["terminal", "pipe"])
+def test_a_run_whose_terminal_or_pipe_has_been_closed_is_saved(signum):
+    """A terminal that is closed sends SIGHUP; Ctrl-C ends the other side of a pipe, too."""
+    reader, writer = os.openpty() if signum == signal.SIGHUP else os.pipe()
+    options = f"--num-envs 4 --num-steps 8 --num-minibatches 2 --hidden-sizes 16 --total-timesteps {10**9}"
+    command = [sys.executable, str(ROOT / "pqn.py"), *options.split()]
+    terminal = {"stderr": writer, "start_new_session": True} if signum == signal.SIGHUP else {}
+    run = subprocess.Popen(command, stdout=writer, env=os.environ | {"OMP_NUM_THREADS": "1"}, **terminal)
+    os.close(writer)
+    shown = b""
+    while (b" left, " if signum == signal.SIGHUP else b"parameters\n") not in shown:
+        shown += os.read(reader, 4096)
+    os.close(reader)
+    run.send_signal(signum)
+    assert run.wait() == 128 + signum and list(Path("runs").glob("*/checkpoint.pt"))
+
+
 def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(heeded_signals, train, monkeypatch, capsys):
     during_rollout(10, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)  # of 10
     assert train(SMALL)[1]["step"] == 320
