@@ -296,7 +296,7 @@ def spread(name, value):
 
 def main(args):
     check(args)
-    prefix = open_results(args.out or f"runs/Baird__baird__{args.seed}__{int(time.time())}/baird")
+    prefix = open_results(args.out or f"runs/Baird__baird__{args.seed}__{time.time_ns() // 1_000_000}/baird")
     torch.set_num_threads(1)  # the tensors are small: threads would wait for each other more than they help
     probes = {min(probe, args.updates) for probe in args.probes}
     points = probes | {round(i / 50 * args.updates) for i in range(51)}
@@ -331,7 +331,7 @@ def main(args):
         if rows:
             stable, converged = (from_which_on(rows, name) for name in ("diverged", "converged"))
             print(f"{network}, {args.updates:,} updates: no seed diverges {stable}, all converge {converged}")
-    print(f"linear, however many updates: stable with l2 above {linear_threshold(args.gamma):.5f}")
+    print(f"linear, however many small steps: stable with l2 above {linear_threshold(args.gamma):.5f}")
     print(f"written: {prefix}.png, {prefix}.csv, {prefix}_predictions.csv")
 
 

@@ -580,8 +580,8 @@ def check(args: Args):
         words, allowed = getattr(option.type, "__metadata__", ("", lambda _: True))
         if not allowed(value := getattr(args, option.name)):
             fail(f"--{option.name.replace('_', '-')} must be {words}, not {value}")
-    if args.dataset is not None and args.minari is not None:
-        fail("--dataset and --minari both name the data: leave one out")
+    if (args.dataset is not None) + (args.minari is not None) + args.uniform_states > 1:
+        fail("--dataset, --minari and --uniform-states each say where the data come from: leave all but one out")
     if args.uniform_states and args.env_id not in ("MountainCar-v0", "Pendulum-v1"):
         fail(f"--uniform-states knows the states of MountainCar-v0 and Pendulum-v1, not those of {args.env_id}")
     if args.eval_interval % args.measure_interval or args.gradient_steps % args.measure_interval:
@@ -667,7 +667,7 @@ class Run:
         self.table.append(torch.stack(values, 1))
         steps, errors = self.column("step")[-10:, 0], self.column("loss")[-10:].sqrt()  # in the mean: ‖u‖/√n
         self.table[-1][:, -1] = predicted_crash(steps, errors, len(self.args.hidden_sizes) + 1)
-        for name, x in zip(self.columns[3:], self.table[-1].T[3:], strict=True):
+        for name, x in zip(self.columns[4:], self.table[-1].T[4:], strict=True):
             for rate, mean in zip(self.args.learning_rate, x.view(-1, S).nanmean(1).tolist(), strict=True):
                 if not math.isnan(mean):
                     self.writer.add_scalar(f"{name}/learning_rate_{rate:g}", mean, step)
@@ -708,7 +708,8 @@ class Run:
         self.writer.close()
         steps, returns, crash = self.column("step")[:, 0], self.column("return"), self.column("crash")
         for i, (rate, seed, _, at) in enumerate(self.table[-1][:, :4].tolist()):
-            words = f"learning rate {rate:.2g}, seed {seed:.0f}: return {returns[:, i].nanmean():.1f}"
+            words, evaluated = f"learning rate {rate:.2g}, seed {seed:.0f}", returns[~returns[:, i].isnan(), i]
+            words += f": last return {evaluated[-1]:.1f}" if len(evaluated) else ""
             if at >= 0:
                 foreseen = crash[(steps <= 0.8 * at).sum() - 1, i]
                 words += f", diverged at step {at:.0f} (foreseen at 80% of the way: {foreseen:.0f})"

@@ -310,7 +310,8 @@ def measure(args):
 
 def main(args):
     check(args)
-    prefix = open_results(args.out or f"runs/Baird__td_stability__{args.seed}__{int(time.time())}/td_stability")
+    now = time.time_ns() // 1_000_000
+    prefix = open_results(args.out or f"runs/Baird__td_stability__{args.seed}__{now}/td_stability")
     torch.set_num_threads(1)  # the tensors are small: threads would wait for each other more than they help
     found = measure(args)
     table = summarise(args, found)

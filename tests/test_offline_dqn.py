@@ -701,4 +701,4 @@ def test_the_command_runs_in_a_process_of_its_own_and_is_played():
     words = [sys.executable, ROOT / "offline_dqn.py", *command.split(), "--learning-rate", "0.01", "--num-seeds", "2"]
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "learning rate 0.01, seed 2: return" in done.stdout and "play.py runs/" in done.stdout
+    assert "learning rate 0.01, seed 2: last return" in done.stdout and "play.py runs/" in done.stdout

@@ -378,6 +378,29 @@ def test_the_streams_of_neighbouring_seeds_do_not_overlap():
     assert len(np.unique(draws)) == 24
 
 
+@pytest.mark.parametrize(
+    "name, env_id",
+    [
+        *((name, "CartPole-v1") for name in ("pqn", "pqn_lstm", "offline_dqn")),
+        *((name, "Pong-v5") for name in ("pqn_atari_envpool", "pqn_atari_lstm")),
+        *((name, "LevelBasedForaging-v0") for name in ("pqn_vdn", "pqn_vdn_lstm")),
+        ("preqn", "HalfCheetah-v5"),
+    ],
+)
+def test_in_every_script_every_environment_has_a_stream_of_its_own(name, env_id, monkeypatch):
+    script, given = importlib.import_module(name), []
+
+    def make(*args, seed, **options):
+        given.extend(seed)
+        raise OSError
+
+    monkeypatch.setattr(script.envpool, "make", make)
+    for seed in ((1, 0, 0), (2, 0, 0), (1, 64, 0), (1, 0, 1 << 32)):  # seed, step, process
+        with pytest.raises(SystemExit):
+            script.make_envs(script.Args(env_id=env_id), 5, seed)
+    assert len(set(given)) == 20
+
+
 def test_the_same_seed_gives_the_same_streams():
     starts = [pqn.make_envs(SMALL, 8, (1, 0)).reset()[0] for _ in range(2)]
     assert np.array_equal(*starts)

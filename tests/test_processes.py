@@ -102,8 +102,9 @@ def learn_from_records(name, options, together):
     script, shuffle = importlib.import_module(name), torch.randperm
     make, rank = script.make_envs, int(os.environ["RANK"])
 
-    def make_envs(args, num_envs, *rest):
-        return Recorded(make(args, num_envs, *rest), np.arange(num_envs) + rank * num_envs)
+    def make_envs(args, num_envs, seed):
+        assert seed[2] == rank << 32, "every process needs streams of its own"
+        return Recorded(make(args, num_envs, seed), np.arange(num_envs) + rank * num_envs)
 
     def randperm(n):
         order = shuffle(n // together)
