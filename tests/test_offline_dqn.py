@@ -622,6 +622,7 @@ def refusal(monkeypatch, capsys):
         ("--hidden-sizes 8 0", "--hidden-sizes"),
         ("--measure-interval 300", "--measure-interval"),
         ("--uniform-states", "--uniform-states"),
+        ("--env-id MountainCar-v0 --uniform-states --dataset x.npz", "each say where"),
         ("--norm-type batch_norm --batch-size 1", "batch norm"),
         ("--env-id Nothing-v0", "Nothing"),
         ("--env-id tiny_envs:SameStep-v0", "NEXT_STEP"),
