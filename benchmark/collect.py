@@ -237,12 +237,16 @@ def write_csv(path, header, rows):
     write_whole(path, text.getvalue())
 
 
+def write_lines(folder, runs):
+    rows = ({**run.about, "points": len(run.points)} for run in runs)
+    write_csv(Path(folder, "runs.csv"), RUN, ([row[name] for name in RUN] for row in rows))
+
+
 def write_set(folder, runs):
     """The curves first: without its line in runs.csv a run is not there yet."""
     runs = sorted(runs, key=lambda run: run.key)
     write_csv(Path(folder, "curves.csv"), (*KEY, *POINT), ((*run.key, *point) for run in runs for point in run.points))
-    rows = ({**run.about, "points": len(run.points)} for run in runs)
-    write_csv(Path(folder, "runs.csv"), RUN, ([row[name] for name in RUN] for row in rows))
+    write_lines(folder, runs)
 
 
 def read_csv(path, columns):
@@ -286,29 +290,38 @@ def read_set(folder) -> list[Run]:
     folder = Path(folder)
     if not (folder / "runs.csv").exists():
         return read_logs(folder)
-    runs = {}
+    version = lambda: ((stat := (folder / "runs.csv").stat()).st_mtime_ns, stat.st_ino)
+    before = version()
+    try:
+        runs = read_files(folder)
+    except ResultError:
+        if version() == before:
+            raise
+    return runs if version() == before else read_set(folder)  # a run was added while the two files were read
+
+
+def read_files(folder):
+    """The runs of runs.csv with their curves."""
+    runs, curves = {}, {}
     for about, wrong in read_csv(folder / "runs.csv", RUN):
-        run = Run(about, np.empty((about["points"], 4)))
+        run = Run(about, np.empty((0, len(POINT))))
         if run.key in runs:
             wrong(f"there is another line for {', '.join(map(str, run.key))}")
-        runs[run.key] = run
-    found = dict.fromkeys(runs, 0)
+        runs[run.key], curves[run.key] = run, []
     for row, wrong in read_csv(folder / "curves.csv", (*KEY, *POINT)):
         key, point = tuple(row[name] for name in KEY), [row[name] for name in POINT]
         if key not in runs:  # whoever wrote it was killed before it could write runs.csv
             continue
-        n, points = found[key], runs[key].points
         if math.isnan(point[0]) or math.isnan(point[1]):
             wrong("step or seconds missing")
-        if n and point[0] <= points[n - 1, 0]:
-            wrong(f"step {point[0]:.0f} does not come after {points[n - 1, 0]:.0f}")
-        if n < len(points):
-            points[n] = point
-        found[key] += 1
+        if curves[key] and point[0] <= curves[key][-1][0]:
+            wrong(f"step {point[0]:.0f} does not come after {curves[key][-1][0]:.0f}")
+        curves[key].append(point)
     for key, run in runs.items():
-        if found[key] != len(run.points):
-            here = f"{found[key]} of {len(run.points)} points of {', '.join(map(str, key))}"
+        if len(curves[key]) != run.about["points"]:
+            here = f"{len(curves[key])} of {run.about['points']} points of {', '.join(map(str, key))}"
             raise ResultError(f"{folder / 'curves.csv'} has {here}")
+        run.points = np.array(curves[key]).reshape(-1, len(POINT))
     return list(runs.values())
 
 
@@ -343,10 +356,15 @@ def locked(path):
 
 
 def add_to_set(folder, runs):
-    """Tasks of a job array may do this at the same time."""
+    """Tasks of a job array may do this at the same time. A run that is replaced loses its line before its curves
+    change, so that its old figures never stand beside new curves, also where this is killed halfway."""
     with locked(Path("runs/lock")):
         there = read_set(folder) if Path(folder, "runs.csv").exists() else []
-        write_set(folder, ({run.key: run for run in there} | {run.key: run for run in runs}).values())
+        new = {run.key for run in runs}
+        kept = [run for run in there if run.key not in new]
+        if len(kept) < len(there):
+            write_lines(folder, kept)
+        write_set(folder, [*kept, *runs])
 
 
 def main(args: Args):

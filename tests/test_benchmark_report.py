@@ -1,5 +1,6 @@
 """benchmark/collect.py's sets, and report.py's statistics against known values, tables and figures."""
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -85,6 +86,51 @@ def test_a_set_whose_writer_was_killed_between_its_two_files_is_as_it_was(monkey
     monkeypatch.setattr(collect, "write_whole", lambda path, text: whole(path, text) if "curves" in path.name else None)
     collect.add_to_set(Path("set"), [example(seed=2)])
     assert [run.key[2] for run in collect.read_set("set")] == [1]
+
+
+class Killed(Exception):
+    """In the place of the end of a process."""
+
+
+@pytest.mark.parametrize("points", [5, 7])
+@pytest.mark.parametrize("done", range(4))
+def test_a_set_whose_writer_was_killed_while_it_replaced_a_run_has_it_as_it_was_or_is_or_not_at_all(
+    done, points, monkeypatch
+):
+    write("set", example(seed=1), example(seed=2))
+    whole, written = collect.write_whole, []
+
+    def write_until_killed(path, text):
+        if len(written) == done:
+            raise Killed
+        written.append(path)
+        whole(path, text)
+
+    with monkeypatch.context() as patched, contextlib.suppress(Killed):
+        patched.setattr(collect, "write_whole", write_until_killed)
+        collect.add_to_set(Path("set"), [example(seed=2, level=7, points=points)])
+    first, *second = collect.read_set("set")
+    assert first.key[2] == 1 and len(first.points) == 5 and first.about["greedy_mean"] == 1
+    found = [(run.key[2], run.about["greedy_mean"], *set(run.points[:, 3])) for run in second]
+    assert found == {0: [(2, 1, 1)], 3: [(2, 7, 7)]}.get(len(written), [])
+    collect.add_to_set(Path("set"), [example(seed=3)])  # which drops curves without a line
+    there = {row["seed"] for row, _ in collect.read_csv(Path("set/curves.csv"), collect.KEY + collect.POINT)}
+    assert there == {run.key[2] for run in collect.read_set("set")} == {1, *(run.key[2] for run in second), 3}
+
+
+@pytest.mark.parametrize("points", [5, 7])
+def test_a_reader_between_whose_files_a_run_is_replaced_reads_both_again(points, monkeypatch):
+    write("set", example(seed=1))
+    read, more = collect.read_csv, [example(seed=1, level=7, points=points)]
+
+    def read_csv(path, columns):
+        if path.name == "curves.csv" and more:
+            collect.add_to_set(Path("set"), [more.pop()])
+        return read(path, columns)
+
+    monkeypatch.setattr(collect, "read_csv", read_csv)
+    (run,) = collect.read_set("set")
+    assert run.about["greedy_mean"] == 7 and run.points[:, 3].tolist() == [7] * points
 
 
 def line(number, column, value):
