@@ -5,6 +5,7 @@ python benchmark/offline.py report benchmark/results/offline
 """
 
 import csv
+import io
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from collect import fail, write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import offline_dqn as script  # noqa: E402
@@ -32,17 +34,20 @@ def load(folder):
 
 def add(path, rows):
     """Adds rows, dictionaries, in the place of those of the same variant and task, in six significant digits."""
-    old = []
-    if Path(path).exists():
+    path, old, columns, text = Path(path), [], list(rows[0]), io.StringIO()
+    if path.exists():
         with open(path, newline="") as file:
-            old = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            if reader.fieldnames != columns:
+                fail(f"{path} has other columns than {','.join(columns)}")
+            old = list(reader)
     key = lambda row: (row["task"], row["variant"])
     rows = [{k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
     kept = [row for row in old if key(row) not in {key(row) for row in rows}]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept + rows)
+    write_whole(path, text.getvalue())
 
 
 def means(folder, path, variant):
