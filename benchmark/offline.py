@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from collect import fail, write_whole
 
+with plt.rc_context():  # the figures here keep a style of their own
+    from report import t_quantile
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import offline_dqn as script  # noqa: E402
 
@@ -88,7 +91,6 @@ PAPER = {  # 003, Table 1: random, none, LN, BN, WN; of CartPole's row only one 
     "MountainCar-v0": (-194.632, -163.8, -122.2, -169.0, -166.6),
 }
 NORMS = {"none": "none", "layer_norm": "LN", "batch_norm": "BN", "weight_norm": "WN"}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # Student's t, by the number of seeds
 SIGN = 1e-3  # a SEEM counts as positive above this share of the kernel's mean diagonal: rounding is far below
 
 
@@ -117,8 +119,11 @@ def markdown(header, rows):
 
 
 def interval(values):
-    values = np.asarray(values)
-    return values.mean(), T95[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+    """Mean over seeds and half of its 95% interval, as far as there are seeds for them."""
+    mean = f"{np.mean(values):.1f}" if values else ""
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {t_quantile(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
 def tasks_of(rows):
@@ -141,6 +146,9 @@ def returns(rows, path):
         for norm in NORMS:
             mine = [r for r in rows if (r["task"], r["variant"]) == (task, norm)]
             values.append(interval([column(x, "return").mean() for x in groups(mine, "seed").values()]))
+            if not mine:
+                rates.append("")
+                continue
             by_rate = {rate[0]: column(x, "return").mean() for rate, x in groups(mine, "learning_rate").items()}
             rate = max(by_rate, key=by_rate.get)
             colour = {"none": "#D55E00", "layer_norm": "#0072B2", "batch_norm": "#009E73", "weight_norm": "#CC79A7"}[
@@ -149,8 +157,8 @@ def returns(rows, path):
             axis.semilogx(sorted(by_rate), [by_rate[x] for x in sorted(by_rate)], "o-", color=colour, label=NORMS[norm])
             axis.set(title=task, xlabel="learning rate", ylabel="return")
             rates.append(f"{by_rate[rate]:.1f} ({rate:.2g}), {sum(column(mine, 'diverged_at') >= 0)} of {len(mine)}")
-        for (mean, half), paper in zip(values, published, strict=True):
-            cells.append(f"{mean:.1f} ± {half:.1f} [{'' if np.isnan(paper) else f'{paper:.1f}'}]")
+        for value, paper in zip(values, published, strict=True):
+            cells.append(f"{value} [{'' if np.isnan(paper) else f'{paper:.1f}'}]" if value else "")
         table.append(cells)
         best.append(rates)
     axes[0, 0].legend()
@@ -185,10 +193,12 @@ def interference(rows, path):
             cells = [f"{spearman(column(kept, m), column(kept, 'loss')):.2f}" for m in metrics]
             table.append([task, f"{label}: {len(kept)}", *cells])
         plain, ln = ([p for p in points if p["ln"] == kind] for kind in (False, True))
-        change = {m: column(ln, m) - column(plain, m) for m in (*metrics, "loss")}  # in the order of the learning rates
-        same = [f"{sum(np.sign(change[m]) == np.sign(change['loss']))}" for m in metrics]
-        fell = [f"{sum(change[m] < 0)}" for m in ("loss", "sgi", "gi2")]
-        pairs.append([task, f"{len(ln)}", *fell, *same])
+        cells = [""] * 10
+        if plain and ln:  # both in the order of the learning rates
+            change = {m: column(ln, m) - column(plain, m) for m in (*metrics, "loss")}
+            fell = [f"{sum(change[m] < 0)}" for m in ("loss", "sgi", "gi2")]
+            cells = [f"{len(ln)}", *fell, *(f"{sum(np.sign(change[m]) == np.sign(change['loss']))}" for m in metrics)]
+        pairs.append([task, *cells])
         for axis, metric, scale in ((upper, "sgi", "linear"), (lower, "gi2", "symlog")):
             for kind, colour in ((False, "#D55E00"), (True, "#0072B2")):
                 mine = [p for p in points if p["ln"] == kind and p["bounded"]]  # the others are 20 decades away
@@ -310,6 +320,8 @@ def seem_of_tasks(rows):
     for task in tasks_of(rows):
         for norm in NORMS:
             mine = [r for r in rows if (r["task"], r["variant"]) == (task, norm)]
+            if not mine:
+                continue
             running = [r for r in mine if not 0 <= r["diverged_at"] <= r["first_step"]]
             positive, later = column(running, "first_seem") > SIGN, column(running, "diverged_at") >= 0
             cells = [positive & later, positive & ~later, ~positive & later, ~positive & ~later]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # offline_dqn.py: Table 1 and Fig. 1-2 of "How Does Layer Normalization Improve Deep Q-learning?"; crash steps, Adam's
 # growth, SEEM and the NTK maps of "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL".
-# Without arguments all of it; `benchmark/offline.sh table1 CartPole-v1` or `toy` or `seem` or `report` one part.
-# STEPS and SEEDS set the length of Table 1's runs. Those of the page have 40,000 steps and 3 seeds.
+# Without arguments all of it; `benchmark/offline.sh table1` or `toy` or `seem` or `report` one part, and
+# `table1 CartPole-v1 Acrobot-v1` only these tasks.
+# STEPS and SEEDS set the gradient steps and the number of seeds of Table 1's runs: 40,000 and 3, as on the page.
 # OPTIMIZER=adam makes a set of its own, table1_adam.csv: Table 1 was trained with SGD.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
@@ -22,6 +23,7 @@ run() {  # what is made of the run, the set it is added to, the name of the vari
 table1() {
   local task norm start set=table1 optimizer=${OPTIMIZER:-sgd}
   [ "$optimizer" = sgd ] || set=table1_$optimizer
+  [ $# -gt 0 ] || set -- CartPole-v1 MountainCar-v0 Acrobot-v1 Pendulum-v1
   for task in "$@"; do
     case $task in MountainCar-v0 | Pendulum-v1) start=--uniform-states ;; *) start= ;; esac
     for norm in none layer_norm batch_norm weight_norm; do
@@ -62,15 +64,26 @@ seem() {
   run curves seem weight_decay_0.99 $all --norm-type none --gamma 0.99 --weight-decay 0.01
 }
 
-case ${1:-all} in
-  table1) shift; table1 "$@" ;;
+refuse() {
+  echo "error: unknown: $1; known are table1 [TASK ...], toy, seem and report" >&2
+  exit 2
+}
+
+part=${1:-all}
+shift $(($# > 0))
+for word in "$@"; do  # only table1 takes more words, and no options
+  case "$part $word" in "table1 -"*) refuse "$word" ;; "table1 "*) ;; *) refuse "$word" ;; esac
+done
+case $part in
+  table1) table1 "$@" ;;
   toy) toy ;;
   seem) seem ;;
   report) python benchmark/offline.py report "$results" ;;
   all)
     toy
     seem
-    table1 CartPole-v1 MountainCar-v0 Acrobot-v1 Pendulum-v1
+    table1
     python benchmark/offline.py report "$results"
     ;;
+  *) refuse "$part" ;;
 esac
