@@ -329,7 +329,7 @@ def read_logs(folder):
     """Runs as the scripts have logged them below a folder; of these only the curves are known."""
     if not folder.is_dir():
         raise ResultError(f"there is no folder {folder}")
-    runs = []
+    runs, found = [], {}
     for run_folder in sorted({file.parent for file in folder.rglob("events.out.tfevents.*")}):
         # launch.py's folder tells the variant, the run's own folder only the script
         owners = run_folder.resolve().parents[1].name, run_folder.name
@@ -341,6 +341,10 @@ def read_logs(folder):
             about |= {"steps": int(points[-1, 0]), "seconds": points[-1, 1]}
             about |= {"steps_per_second": points[-1, 0] / points[-1, 1]}
             runs.append(Run(about, thin(points)))
+            other = found.setdefault(runs[-1].key, run_folder)
+            if other != run_folder:
+                what = f"both of {env}, {variant}, seed {seed}"
+                raise ResultError(f"{other} and {run_folder} are {what}: they would count as two seeds, move one away")
     if not runs:
         raise ResultError(f"there are no results in {folder}: neither runs.csv nor runs of these scripts")
     return runs

@@ -435,3 +435,13 @@ def test_runs_that_were_not_launched_here_are_read_from_their_tensorboard_files(
     with pytest.raises(SystemExit) as exit:
         report.main(report.Args((Path("out"),)))
     assert exit.value.code == 2 and "no results in out" in capsys.readouterr().err
+
+
+def test_two_runs_of_the_same_environment_variant_and_seed_are_not_taken_for_two_seeds(capsys):
+    for folder in "runs/CartPole-v1__pqn__1__17", "runs/CartPole-v1__pqn__1__18", "runs/CartPole-v1__pqn__2__17":
+        log(folder, 0, [100, 200], speed=100, returns=1)
+    with pytest.raises(SystemExit) as exit:
+        report.main(report.Args((Path("runs"),), out=Path("out")))
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert "runs/CartPole-v1__pqn__1__17 and runs/CartPole-v1__pqn__1__18" in message
