@@ -77,7 +77,7 @@ def read_seeds(written):
             fail(f'SEEDS must be numbers and ranges, as in "1-5 8", not {written!r}')
         first, last = (part.split("-") * 2)[:2]
         seeds += range(int(first), int(last) + 1)
-    return seeds or fail("SEEDS is empty")
+    return list(dict.fromkeys(seeds)) or fail("SEEDS is empty")
 
 
 def split(words):

@@ -128,6 +128,11 @@ def test_only_the_same_command_script_and_evaluation_count_as_finished(toys, cap
     assert run_list(toys, [A + " --changed"], RESULTS="elsewhere/toys") == 0 and len(calls()) == 3
 
 
+def test_a_seed_that_is_written_twice_is_used_once(toys):
+    assert run_list(toys, [A], SEEDS="2-3 1 2 1-2") == 0
+    assert [call.split()[-1] for call in calls()] == ["2", "3", "1"]
+
+
 def test_where_the_set_does_not_know_the_script_the_command_decides(toys):
     write(SET, example("A-v1", "toy", 1, command=A, script_sha1=""))
     assert run_list(toys, [A], SEEDS="1-2") == 0
