@@ -44,6 +44,7 @@ from collect import ResultError, commit, fail, hardware, read_events, write_whol
 from report import COLOURS, STYLES, markdown, save
 from torch.utils.flop_counter import FlopCounterMode
 
+SCRIPTS = "pqn", "pqn_lstm", "pqn_atari_envpool", "pqn_atari_lstm"
 PARTS = {"act": "acting", "q_lambda_targets": "targets", "train_step": "learning"}
 WARM_UP = 4  # rollouts; CUDA graphs are recorded in them
 THREADS = torch.get_num_threads()  # before a script chooses
@@ -260,7 +261,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--script", nargs="+", default=["pqn"], help="the script to measure, without .py, or several")
+    parser.add_argument("--script", nargs="+", default=["pqn"], help=f"of {', '.join(SCRIPTS)}")
     parser.add_argument("--rollouts", type=int, default=24, help="rollouts in each of the three runs")
     parser.add_argument("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure at several values")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results/speed"), help="folder for a sweep")
@@ -274,8 +275,8 @@ def main():
         fail(error)
     root = Path(__file__).resolve().parents[1]
     for name in args.script:
-        if not (root / f"{name}.py").is_file():
-            fail(f"there is no {name}.py")
+        if name not in SCRIPTS:
+            fail(f"--script measures {', '.join(SCRIPTS)}, not {name}")
     if args.sweep and len(args.script) > 1:
         fail("--sweep measures one --script at a time")
     if args.rollouts < WARM_UP + 2:
@@ -308,10 +309,10 @@ def main():
         swept = [*options, f"--{option.replace('_', '-')}", *value.split(",")]
         results[value] = measure(script, swept, args.rollouts)
         print(show(name, swept, results[value]), flush=True)
-    lines = io.StringIO(f"# {' '.join([name, *options])}; {machine()}\n")
-    lines.seek(0, os.SEEK_END)
-    csv.writer(lines, lineterminator="\n").writerows(sweep_rows(option, results))
-    write_whole(path, lines.getvalue())
+        lines = io.StringIO(f"# {' '.join([name, *options])}; {machine()}\n")
+        lines.seek(0, os.SEEK_END)
+        csv.writer(lines, lineterminator="\n").writerows(sweep_rows(option, results))
+        write_whole(path, lines.getvalue())  # after every value, so that nothing is lost when it is interrupted
     plot_sweep(path)
     print(f"{path} and its plot are written")
 

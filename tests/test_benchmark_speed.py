@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -69,6 +70,18 @@ def test_speed_compares_scripts(monkeypatch, capsys):
     assert "Careful: other processes keep 1.5 cores busy" in out
 
 
+@pytest.mark.parametrize("name", ["preqn", "pqn_vdn", "play", "no_such_script"])
+def test_speed_refuses_a_script_that_it_cannot_measure_before_anything_runs(name, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "cores_in_use", lambda: 1 / 0)
+    monkeypatch.setattr(speed.importlib, "import_module", lambda name: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--script", "pqn", name])
+    with pytest.raises(SystemExit) as exit:
+        speed.main()
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert name in message and "pqn_atari_lstm" in message
+
+
 def test_only_seconds_of_work_on_our_own_cores_count_as_busy(monkeypatch):
     monkeypatch.setattr(speed.os, "sysconf", lambda _: 100)
     stat = "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 4 1000 2000 8 16 32 0 0\ncpu1 100 0 0 5 0 0 0 0 0 0\ncpu12 7 0 0 5 5\n"
@@ -112,6 +125,19 @@ def test_a_sweep_leaves_a_csv_whose_plot_can_be_drawn_again(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["speed.py", "--plot", "out/pqn__num_envs.csv"])
     speed.main()
     assert plot.read_bytes() == drawn
+
+
+def test_a_sweep_that_is_interrupted_keeps_what_it_measured(monkeypatch):
+    parts = {"learning": (2.0, 1.0, 4.0), "the rest": (1.0, 1.0, 1.0)}
+    result = {"seconds": parts, "batch": 8, "flops": 3, "gradient_step": [1.0], "peak": 6.0}
+    monkeypatch.setattr(speed, "measure", mock.Mock(side_effect=[result, KeyboardInterrupt]))
+    for name in ("show", "machine"):
+        monkeypatch.setattr(speed, name, lambda *_: "")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(monkeypatch)
+    about, *rows = Path("out/pqn__num_envs.csv").read_text().splitlines()
+    header = "num_envs,part,steps_per_second,low,high,share_of_matmul_peak"
+    assert about.startswith("# pqn.py") and rows == [header, "2,learning,4,2,8,0.5000"]
 
 
 def test_a_sweep_replaces_nothing_and_is_not_made_on_a_busy_machine_unless_forced(monkeypatch, capsys):
