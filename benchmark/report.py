@@ -161,7 +161,7 @@ def read_groups(args):
     if len(set(names)) < len(names):
         fail(f"sets that are compared need names of their own, not {' and '.join(map(str, args.sets))}")
     for folder in args.sets:
-        runs = read_set(folder)
+        runs = read_set(folder) or fail(f"there are no runs in {folder}")
         several = len({run.about["variant"] for run in runs}) > 1
         for run in runs:
             variant = run.about["variant"]
@@ -232,8 +232,8 @@ def measured(runs, name, games):
     if np.isnan(x).any():
         return ""
     over_seeds = f" ± {number(x.std(ddof=1))}" if len(x) > 1 else ""
-    over_games = f" (games ± {number(values(runs, SPREAD[name]).mean())})" if games and name in SPREAD else ""
-    return number(x.mean()) + over_seeds + over_games
+    spread = values(runs, SPREAD[name]).mean() if games and name in SPREAD else np.nan  # NaN of a single episode
+    return number(x.mean()) + over_seeds + ("" if np.isnan(spread) else f" (games ± {number(spread)})")
 
 
 def steps_made(runs):
@@ -442,9 +442,11 @@ def draw_profiles(normalised, out):
 def main(args: Args):
     if not (args.sets and args.measures):
         fail("name a set, such as benchmark/results/classic, and a measure")
+    out = args.out or args.sets[0]
     try:
         groups, baseline = read_groups(args)
-    except ResultError as error:
+        (args.targets.parent if args.targets else out).mkdir(parents=True, exist_ok=True)
+    except (ResultError, OSError) as error:
         fail(error)
     options = [*map(str, args.sets), *["--out", str(args.out)] * (args.out is not None)]
     options += ["--baseline", args.baseline] * bool(args.baseline)
@@ -454,8 +456,7 @@ def main(args: Args):
     if args.targets:
         write_whole(args.targets, f"{time_to_target(groups)}\n{getdoc(time_to_target)}\n\n{again}")
         return print(args.targets.read_text())
-    normalised, out = normalise(args, groups), args.out or args.sets[0]
-    out.mkdir(parents=True, exist_ok=True)
+    normalised = normalise(args, groups)
     parts = [table(args, groups, baseline, normalised), made_by(groups), again]
     if len({env for games in normalised.values() for env in games}) >= 5:  # of fewer games they would say little
         parts.insert(1, aggregate_table(normalised))

@@ -445,3 +445,24 @@ def test_two_runs_of_the_same_environment_variant_and_seed_are_not_taken_for_two
     message = capsys.readouterr().err
     assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
     assert "runs/CartPole-v1__pqn__1__17 and runs/CartPole-v1__pqn__1__18" in message
+
+
+def test_a_set_without_runs_and_a_file_in_the_place_of_a_folder_are_refused_in_one_line(capsys):
+    write("empty")
+    Path("file").touch()
+    for sets, options, hint in (
+        (["empty"], {}, "there are no runs in empty"),
+        ([write("set", example()), "empty"], {}, "there are no runs in empty"),
+        (["set"], {"out": Path("file")}, "file"),
+        (["set"], {"out": Path("file/out")}, "file"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            report.main(report.Args(tuple(map(Path, sets)), **options))
+        message = capsys.readouterr().err
+        assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and hint in message
+
+
+def test_a_single_greedy_episode_has_no_spread():
+    one, two = (example("Pong-v5", seed=s, greedy_std=np.nan, train_std=2.0) for s in (1, 2))
+    (row,) = table("out", write("set", one, two))
+    assert row["greedy return"] == "1.00 ± 0.00" and row["training return"] == "1.00 ± 0.00 (games ± 2.00)"
