@@ -147,8 +147,8 @@ def commit():
 
 
 def evaluate(script, run_folder, episodes):
-    """Returns of that many greedy episodes, and how many of these differ in what the agent sees. A deterministic game
-    has no more than its different starts, Atari's no-ops for example."""
+    """Returns of that many greedy episodes, and how many of these differ in what the agent sees. Deterministic
+    episodes differ only if their starts do; on Atari, by the number of no-ops."""
     import play
 
     seen, over = {}, set()
@@ -175,6 +175,8 @@ def collect(args: Args):
     script = play.load_script(args.run_folder)
     checkpoint = script.load_checkpoint(args.run_folder)
     options = checkpoint["args"]
+    if "num_envs" not in options:
+        fail(f"{args.run_folder} was made by {script.__name__}.py: benchmark/offline.py takes its measures")
     rollout = options["num_envs"] * options["num_steps"]
     if not args.unfinished and checkpoint["step"] + rollout <= options["total_timesteps"]:
         print(f"{args.run_folder} has made {checkpoint['step']:,} of {options['total_timesteps']:,} steps")

@@ -7,7 +7,9 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -19,6 +21,8 @@ from bench_examples import ROOT, example, in_an_empty_folder, write  # noqa: F40
 import collect  # isort: skip
 import faults  # isort: skip
 import launch  # isort: skip
+import offline_dqn  # isort: skip
+import play  # isort: skip
 import pqn  # isort: skip
 import report  # isort: skip
 
@@ -373,3 +377,14 @@ def test_a_real_run_ends_as_a_line_of_a_set_and_a_table(monkeypatch, capfd):
     (run,) = collect.read_set("mine")
     assert run.unfinished and (run.about["steps"], run.about["steps_to_do"]) == (2800, 4000)
     assert run.points[-1, 0] == 2800 and run.about["script_sha1"] == ""
+
+
+def test_a_run_of_offline_dqn_is_refused_in_one_line(monkeypatch, capsys):
+    options = asdict(offline_dqn.Args())
+    script = SimpleNamespace(__name__="offline_dqn", load_checkpoint=lambda _: {"args": options, "step": 1})
+    monkeypatch.setattr(play, "load_script", lambda _: script)
+    with pytest.raises(SystemExit) as exit:
+        collect.main(collect.Args(Path("runs/run"), Path("set"), "python offline_dqn.py"))
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: runs/run") and message.count("\n") == 1
+    assert "benchmark/offline.py" in message and not Path("set").exists()
