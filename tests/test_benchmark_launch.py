@@ -388,3 +388,17 @@ def test_a_run_of_offline_dqn_is_refused_in_one_line(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert exit.value.code == 2 and message.startswith("error: runs/run") and message.count("\n") == 1
     assert "benchmark/offline.py" in message and not Path("set").exists()
+
+
+@pytest.mark.parametrize(
+    "steps, name", [(None, "jax/minatar"), ("10000000", "jax/minatar"), ("1000000", "jax/minatar_short")]
+)
+def test_minatar_of_another_length_is_another_set(steps, name):
+    Path("bin").mkdir()
+    Path("bin/python").write_text('#!/bin/sh\ncat > /dev/null\necho "$*"\n')
+    Path("bin/python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": "."}
+    environment |= {"STEPS": steps} if steps else {}
+    words = [ROOT / "benchmark/minatar.sh", "--list"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"benchmark/launch.py {name} --list\n"
