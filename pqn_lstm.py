@@ -111,7 +111,7 @@ def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
     if not isinstance(observation_space, gym.spaces.Box | gym.spaces.Discrete) or 0 in observation_space.shape:
         fail(f"{args.env_id} has {observation_space} observations: PQN needs Box or Discrete ones, and not empty")
     if observation_space.dtype == np.uint8 and len(shape := observation_space.shape) == 3 and shape[0] < min(shape[1:]):
-        fail(f"{args.env_id} has pictures with channels first: PQN needs them last (for Atari: pqn_atari_lstm.py)")
+        fail(f"{args.env_id} has pictures with channels first: PQN needs them last (for Atari: pqn_atari_*.py)")
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         fail(f"{args.env_id} resets in mode {mode}: PQN needs AutoresetMode.NEXT_STEP")
     return envs

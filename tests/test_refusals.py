@@ -397,16 +397,18 @@ def test_a_run_whose_terminal_or_pipe_has_been_closed_is_saved(signum):
     """A terminal that is closed sends SIGHUP; Ctrl-C ends the other side of a pipe, too."""
     reader, writer = os.openpty() if signum == signal.SIGHUP else os.pipe()
     options = f"--num-envs 4 --num-steps 8 --num-minibatches 2 --hidden-sizes 16 --total-timesteps {10**9}"
-    command = [sys.executable, str(ROOT / "pqn.py"), *options.split()]
-    terminal = {"stderr": writer, "start_new_session": True} if signum == signal.SIGHUP else {}
-    run = subprocess.Popen(command, stdout=writer, env=os.environ | {"OMP_NUM_THREADS": "1"}, **terminal)
+    command = [sys.executable, str(ROOT / "pqn.py"), *options.split(), "--checkpoint-interval", "1000"]
+    own = {"stderr": writer, "start_new_session": True} if signum == signal.SIGHUP else {}
+    own |= {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    own |= {"preexec_fn": lambda: signal.signal(signum, signal.SIG_DFL)}  # under nohup, for example, it is ignored
+    run = subprocess.Popen(command, stdout=writer, **own)
     os.close(writer)
-    shown = b""
-    while (b" left, " if signum == signal.SIGHUP else b"parameters\n") not in shown:
-        shown += os.read(reader, 4096)
+    while run.poll() is None and not (made := list(Path("runs").glob("*/checkpoint.pt"))):
+        pass
     os.close(reader)
+    made[0].unlink()
     run.send_signal(signum)
-    assert run.wait() == 128 + signum and list(Path("runs").glob("*/checkpoint.pt"))
+    assert run.wait() == 128 + signum and made[0].exists()
 
 
 def test_a_signal_in_the_last_rollout_finds_nothing_to_stop(heeded_signals, train, monkeypatch, capsys):
