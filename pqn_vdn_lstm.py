@@ -98,8 +98,8 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------ environments
 def make_envs(args: Args, num_envs: int, seed: tuple[int, ...], **options):
-    """A vector environment in which every copy has a random stream of its own, unless it comes vectorised and makes of
-    one seed what it likes. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
+    """A vector environment in which every copy has a random stream of its own, unless it is vectorised itself and gets
+    one seed for all. (EnvPool's own seed + i for copy i would let runs with neighbouring seeds share streams.)"""
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(num_envs)]  # EnvPool takes an int32
     try:
         with warnings.catch_warnings(action="ignore"):  # about the precision of the bounds of observation spaces
