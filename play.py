@@ -6,6 +6,7 @@
 The script that trained the agent, or your copy of it, must lie beside this one or in the working directory.
 """
 
+import atexit
 import importlib
 import os
 import sys
@@ -66,7 +67,7 @@ def main(args: Args):
     network.to(device).eval()
     collector = script.Collector(envs, network, played, device)
 
-    film = Film(args)
+    film = Film(args) if args.video else None
     returns, lengths = np.full(args.episodes, np.nan), np.zeros(args.episodes)
     shown = time.monotonic()
     for step in range(args.max_steps):
@@ -119,13 +120,16 @@ def summary(x):
 
 
 class Film:
-    """The first episode as a video. What goes wrong with it is told after the results."""
+    """The first episode as a video, which takes an older one's place when it is whole. What goes wrong with it is told
+    after the results."""
 
     def __init__(self, args: Args):
         self.path, self.fps, self.pictures, self.frames, self.problem = args.video, args.fps, [], 0, None
+        self.unfinished = Path(args.video).with_name(f"unfinished-{Path(args.video).name}")
         try:
             options = {"fps": self.fps, "macro_block_size": 2}
-            self.writer = imageio.v2.get_writer(self.path, **options) if self.path.endswith(".mp4") else None
+            self.writer = imageio.v2.get_writer(self.unfinished, **options) if self.path.endswith(".mp4") else None
+            atexit.register(self.unfinished.unlink, missing_ok=True)
         except (OSError, ValueError) as error:
             fail(f"cannot write --video {self.path}: {error}")
 
@@ -155,11 +159,13 @@ class Film:
         try:
             if self.writer is None:
                 options = {"extension": ".gif", "loop": 0, "duration": 1000 / self.fps}
-                Path(self.path).write_bytes(imageio.v3.imwrite("<bytes>", self.pictures, **options))
+                self.unfinished.write_bytes(imageio.v3.imwrite("<bytes>", self.pictures, **options))
             else:
                 self.writer.close()
-                with imageio.v2.get_reader(self.path) as film:
+                with imageio.v2.get_reader(self.unfinished) as film:
                     self.problem = self.problem or (film.count_frames() != self.frames and "frames are missing")
+            if not self.problem:
+                self.unfinished.replace(self.path)
         except OSError as error:
             self.problem = f"{str(error).splitlines()[0]} (is the disk full?)"
         if self.problem:

@@ -2,6 +2,7 @@
 # Baird's counterexample and the theory behind it: the tables and figures of benchmark/results/theory. About a quarter
 # of an hour on one core; there are no seeds to launch, as each script takes all of its seeds in one batch.
 set -euo pipefail
+[ $# = 0 ] || { echo "error: baird.sh takes no options: baird.py and td_stability.py do" >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 results=benchmark/results/theory
 scratch=$(mktemp -d)

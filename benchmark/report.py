@@ -443,6 +443,8 @@ def main(args: Args):
     if not (args.sets and args.measures):
         fail("name a set, such as benchmark/results/classic, and a measure")
     out = args.out or args.sets[0]
+    if args.targets and args.targets.is_dir():
+        fail(f"--targets {args.targets} is a folder: name a file in it, such as time_to_target.md")
     try:
         groups, baseline = read_groups(args)
         (args.targets.parent if args.targets else out).mkdir(parents=True, exist_ok=True)

@@ -455,6 +455,7 @@ def test_a_set_without_runs_and_a_file_in_the_place_of_a_folder_are_refused_in_o
         ([write("set", example()), "empty"], {}, "there are no runs in empty"),
         (["set"], {"out": Path("file")}, "file"),
         (["set"], {"out": Path("file/out")}, "file"),
+        (["set"], {"targets": Path("empty")}, "is a folder"),
     ):
         with pytest.raises(SystemExit) as exit:
             report.main(report.Args(tuple(map(Path, sets)), **options))

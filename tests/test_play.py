@@ -4,6 +4,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_a_video_shows_the_first_episode_from_its_start_to_its_end(video, folder
 
 @pytest.mark.parametrize("video", ["x.mp4", "x.gif"])
 def test_a_full_disk_costs_the_video_and_not_the_results(video, folder, capfd):
+    Path(video).write_text("an older film")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -102,6 +104,23 @@ def test_a_full_disk_costs_the_video_and_not_the_results(video, folder, capfd):
     out, err = capfd.readouterr()
     assert exit.value.code == 1 and "return" in out and "frames" not in out
     assert err.splitlines()[-1].startswith(f"error: the video {video} could not be finished: ")
+    assert Path(video).read_text() == "an older film"
+
+
+def test_a_film_that_is_interrupted_leaves_an_older_one_and_nothing_else(folder):
+    Path("x.mp4").write_text("an older film")
+    code = f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import play
+add, calls = play.Film.add, []
+def interrupted(*args):
+    calls.append(add(*args))
+    if len(calls) == 4:
+        raise KeyboardInterrupt
+play.Film.add = interrupted
+play.main(play.Args({str(folder)!r}, episodes=2, video="x.mp4"))"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
+    assert Path("x.mp4").read_text() == "an older film" and not list(Path().glob("unfinished*"))
 
 
 @pytest.mark.parametrize("options", [{"episodes": 0}, {"max_steps": 0}, {"fps": 0}, {"seed": -1}, {"video": "x.avi"}])
