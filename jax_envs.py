@@ -13,8 +13,9 @@ are said (for a team only the end). Every copy has a random stream of its own.
 A team of agents has one reward and, as EnvPool's Jumanji tasks have it, observations of two parts: `agents_view`, what
 each agent sees, and `action_mask`, which actions are legal for each of them now.
 
-JAX computes on the CPU unless its own GPU version is installed. Then every step still brings its results to the host,
-as NumPy arrays. Staying on the GPU (DLPack) is not implemented.
+JAX computes on the CPU unless its own GPU version is installed. There the observations of single agents stay on the
+GPU, as tensors of PyTorch (DLPack); a team's observations, and what is small, come to the host as NumPy arrays. No GPU
+version has been tried: the tests hand the tensors over on a CPU.
 """
 
 import os
@@ -25,6 +26,7 @@ from functools import partial
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
@@ -194,6 +196,7 @@ class JaxVectorEnv(gym.vector.VectorEnv):
         self.single_action_space = self.game.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self.gives_tensors = jax.default_backend() == "gpu" and torch.cuda.is_available() and not isinstance(obs, dict)
         self.keys = None
         self.compiled_reset, self.compiled_step = jax.jit(self.pure_reset), jax.jit(self.pure_step)
 
@@ -241,7 +244,9 @@ class JaxVectorEnv(gym.vector.VectorEnv):
     def step(self, actions):
         actions = np.asarray(actions, np.int32)
         self.keys, self.state, self.ended, result = self.compiled_step(self.keys, self.state, self.ended, actions)
-        return jax.tree.map(np.asarray, result)  # on a CPU not copies, but JAX's own arrays: they cannot be written to
+        # Not copies, where they are on the same device, but JAX's own arrays: they cannot be written to
+        obs = torch.from_dlpack(result[0]) if self.gives_tensors else jax.tree.map(np.asarray, result[0])
+        return obs, *jax.tree.map(np.asarray, result[1:])
 
     def render(self):
         """The first copy."""

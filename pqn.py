@@ -137,8 +137,7 @@ def act(network, obs, explore, random_actions):
 
 
 class Collector:
-    """Steps the environments and stores what they do. The first N are trained on and stored; those after them act
-    greedily, and only their returns are kept."""
+    """Steps the environments. What the first N do is stored, to train on; the rest act greedily, for their returns."""
 
     def __init__(self, envs, network, args: Args, device):
         obs = torch.from_numpy(envs.reset()[0])
@@ -158,8 +157,9 @@ class Collector:
         self.observe(obs.numpy())
 
     def observe(self, obs):
-        np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
-        self.obs.copy_(self.host_obs, non_blocking=True)
+        if on_host := isinstance(obs, np.ndarray):  # and not a tensor, which jax_envs.py gives on a GPU
+            np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
+        self.obs.copy_(self.host_obs if on_host else obs, non_blocking=True)
 
     def collect(self, epsilon):
         """One rollout: tensors of T × N, `values` with a row more; and (environment, return, length) of the episodes

@@ -144,8 +144,7 @@ def act(network, obs, last_actions, starts, hidden, cell, explore, random_action
 
 
 class Collector:
-    """Steps the environments and stores what they do. The first N are trained on and stored; those after them act
-    greedily, and only their returns are kept.
+    """Steps the environments. What the first N do is stored, to train on; the rest act greedily, for their returns.
 
     What the network sees has W + T + 1 rows: a window of W from the rollout before, this one's T, and the observation
     after them. A row holds an observation, the action before it, and whether a new episode starts with it.
@@ -176,8 +175,9 @@ class Collector:
         self.observe(obs.numpy(), np.ones(num_envs, dtype=bool))
 
     def observe(self, obs, starts):
-        np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
-        self.obs.copy_(self.host_obs, non_blocking=True)
+        if on_host := isinstance(obs, np.ndarray):  # and not a tensor, which jax_envs.py gives on a GPU
+            np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
+        self.obs.copy_(self.host_obs if on_host else obs, non_blocking=True)
         np.copyto(self.host_starts.numpy(), starts)
         self.starts.copy_(self.host_starts, non_blocking=True)
 

@@ -158,8 +158,7 @@ def act(network, obs, explore, random_numbers):
 
 
 class Collector:
-    """Steps the environments and stores what they do. The first N are trained on and stored; those after them act
-    greedily, and only their returns are kept."""
+    """Steps the environments. What the first N do is stored, to train on; the rest act greedily, for their returns."""
 
     def __init__(self, envs, network, args: Args, device):
         obs = torch.from_numpy(pack(envs.reset()[0]))

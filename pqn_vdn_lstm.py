@@ -163,8 +163,7 @@ def act(network, obs, last_actions, starts, hidden, cell, explore, random_number
 
 
 class Collector:
-    """Steps the environments and stores what they do. The first N are trained on and stored; those after them act
-    greedily, and only their returns are kept.
+    """Steps the environments. What the first N do is stored, to train on; the rest act greedily, for their returns.
 
     What the network sees has W + T + 1 rows: a window of W from the rollout before, this one's T, and the observation
     after them. A row holds an observation, the action before it, and whether a new episode starts with it.

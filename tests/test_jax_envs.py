@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import pqn
+import pqn_lstm
 import pqn_vdn
 import pqn_vdn_lstm
 
@@ -211,6 +213,26 @@ def test_the_scripts_train_in_it(family, tmp_path, monkeypatch):
         args = script.Args(env_id=f"jax_envs:{name}", num_envs=2, num_eval_envs=1, num_steps=8, num_minibatches=2)
         script.main(replace(args, update_epochs=1, total_timesteps=64, hidden_sizes=(16,)))
     assert len(list(Path("runs").glob("*/checkpoint.pt"))) == len(scripts)
+
+
+@pytest.mark.parametrize("script", [pqn, pqn_lstm])
+def test_a_rollout_of_tensors_as_a_gpu_gives_them_is_that_of_arrays(script):
+    """On a CPU, whose tensors share JAX's memory as a GPU's do. Kept observations must not change with the next step."""
+    args = script.Args(num_envs=3, num_eval_envs=1, num_steps=12, hidden_sizes=(8,))
+    rollouts, kinds = [], set()
+    for gives_tensors in False, True:
+        envs = jax_envs.JaxVectorEnv(dice, num_envs=4)
+        assert not envs.gives_tensors  # there is no GPU here
+        envs.reset(seed=1)
+        envs.gives_tensors = gives_tensors
+        step = envs.step
+        envs.step = lambda actions, step=step: (result := step(actions), kinds.add(type(result[0])))[0]
+        torch.manual_seed(1)
+        network = script.QNetwork(*script.spaces(envs), args).eval()
+        collector = script.Collector(envs, network, args, torch.device("cpu"))
+        rollouts.append([[x.clone() for x in collector.collect(0.5)[0]] for _ in range(2)])
+    assert kinds == {np.ndarray, torch.Tensor}
+    assert all(torch.equal(a, b) for r, s in zip(*rollouts, strict=True) for a, b in zip(r, s, strict=True))
 
 
 def test_the_long_memory_chain_asks_after_100_steps():
