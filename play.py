@@ -7,7 +7,7 @@ The script that trained the agent, or your copy of it, must lie beside this one 
 """
 
 import atexit
-import importlib.util
+import importlib
 import os
 import sys
 import time
@@ -44,9 +44,7 @@ def load_script(folder):
         script = place / f"{name}.py"
         if script.is_file() and "class Collector" in script.read_text():
             sys.path.append(str(place))
-            spec = importlib.util.spec_from_file_location(name, script)  # whatever its name, also one of Python's own
-            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-            return module
+            return importlib.import_module(name)
     fail(f"{path} was made by {name}.py, which is neither beside play.py nor in the working directory")
 
 
