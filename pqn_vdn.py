@@ -178,8 +178,9 @@ class Collector:
         self.observe(obs.numpy())
 
     def observe(self, obs):
-        np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
-        self.obs.copy_(self.host_obs, non_blocking=True)
+        if on_host := isinstance(obs, np.ndarray):  # and not a tensor, which jax_envs.py gives on a GPU
+            np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
+        self.obs.copy_(self.host_obs if on_host else obs, non_blocking=True)
 
     def collect(self, epsilon, shaping=0.0):
         """One rollout: tensors of T × N, or T × N × agents, `values` with a row more; and (environment, return, length)
