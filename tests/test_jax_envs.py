@@ -217,7 +217,7 @@ def test_the_scripts_train_in_it(family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [pqn, pqn_lstm])
 def test_a_rollout_of_tensors_as_a_gpu_gives_them_is_that_of_arrays(script):
-    """On a CPU, whose tensors share JAX's memory as a GPU's do. Kept observations must not change with the next step."""
+    """On a CPU, whose tensors share JAX's memory as a GPU's do. Stored observations must outlive the next step."""
     args = script.Args(num_envs=3, num_eval_envs=1, num_steps=12, hidden_sizes=(8,))
     rollouts, kinds = [], set()
     for gives_tensors in False, True:
