@@ -244,7 +244,7 @@ class JaxVectorEnv(gym.vector.VectorEnv):
     def step(self, actions):
         actions = np.asarray(actions, np.int32)
         self.keys, self.state, self.ended, result = self.compiled_step(self.keys, self.state, self.ended, actions)
-        # Not copies, where they are on the same device, but JAX's own arrays: they cannot be written to
+        # Not copies, but JAX's own memory where that can be shared: nothing may be written to it
         obs = torch.from_dlpack(result[0]) if self.gives_tensors else jax.tree.map(np.asarray, result[0])
         return obs, *jax.tree.map(np.asarray, result[1:])
 

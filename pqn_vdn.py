@@ -178,7 +178,7 @@ class Collector:
         self.observe(obs.numpy())
 
     def observe(self, obs):
-        if on_host := isinstance(obs, np.ndarray):  # and not a tensor, which jax_envs.py gives on a GPU
+        if on_host := isinstance(obs, np.ndarray):  # and not a tensor, as some environments on a GPU give
             np.copyto(self.host_obs.numpy(), obs, casting="unsafe")  # PyTorch's copy would wake all of its threads
         self.obs.copy_(self.host_obs if on_host else obs, non_blocking=True)
 

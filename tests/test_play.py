@@ -109,7 +109,7 @@ def test_a_full_disk_costs_the_video_and_not_the_results(video, folder, capfd):
 
 def test_a_film_that_is_interrupted_leaves_an_older_one_and_nothing_else(folder):
     Path("x.mp4").write_text("an older film")
-    code = f"""import os, signal, sys
+    code = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import play
 add, calls = play.Film.add, []
