@@ -4,6 +4,6 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export SEEDS=${SEEDS:-1-3}
 
-for layout in ${LAYOUTS:-cramped_room asymm_advantages coord_ring}; do
+for layout in ${LAYOUTS:-cramped_room coord_ring forced_coord}; do
   echo "python pqn_vdn.py --env-id jax_envs:overcooked-$layout-v0 --no-agent-index"
 done | python benchmark/launch.py jax/overcooked "$@"
