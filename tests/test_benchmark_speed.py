@@ -1,5 +1,6 @@
-"""benchmark/faults.py, half_pools.py, running_input.py and speed.py."""
+"""benchmark/batch_values.py, faults.py, half_pools.py, running_input.py and speed.py."""
 
+import copy
 import importlib
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from bench_examples import colours, in_an_empty_folder  # noqa: F401
 
+import batch_values  # isort: skip
 import faults  # isort: skip
 import half_pools  # isort: skip
 import running_input  # isort: skip
@@ -176,6 +178,37 @@ def test_running_statistics_of_the_input_make_no_observation_depend_on_the_other
     torch.testing.assert_close(layer(obs), (obs - obs.mean(0)) / obs.std(0), atol=0.1, rtol=0)
     reference.load_state_dict(network.state_dict())  # play.py plays it as pqn.py's
     torch.testing.assert_close(reference.eval()(obs), network.eval()(obs))
+
+
+def test_lambda_returns_stand_on_the_values_of_acting_or_on_those_of_learning(monkeypatch):
+    args = replace(pqn.Args(), num_envs=4, num_eval_envs=1, num_steps=6, num_minibatches=1, hidden_sizes=(8,))
+    args = replace(args, norm_type="batch_norm", normalize_input=True)
+    rollouts, lines = {}, []
+    monkeypatch.setattr(batch_values.Collector, "file", SimpleNamespace(writerow=lines.append))
+    for statistics in ("pqn.py", "running", "batch"):
+        monkeypatch.setattr(batch_values.Collector, "statistics", statistics)
+        envs = pqn.make_envs(args, 5, (1, 0))
+        torch.manual_seed(1)
+        network = pqn.QNetwork(*pqn.spaces(envs), args)
+        network(5 + torch.randn(50, 4))  # so that the running statistics are none of these states'
+        collector = (pqn if statistics == "pqn.py" else batch_values).Collector(
+            envs, network.eval(), args, torch.device("cpu")
+        )
+        before = copy.deepcopy(network.state_dict())
+        rollouts[statistics] = [collector.collect(0.5)[0] for _ in range(3)][-1]
+        for name, tensor in network.state_dict().items():
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+        envs.close()
+    for mine, reference in zip(rollouts["running"], rollouts["pqn.py"], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=0)
+    obs, values = rollouts["batch"][0], rollouts["batch"][2]
+    states = torch.cat([obs.flatten(0, 1), collector.obs[:4]])
+    torch.testing.assert_close(values, network.train()(states).max(1).values.view(7, 4))  # one group: all states
+    (step, *about), _ = lines
+    means = rollouts["running"][2].mean(), rollouts["running"][2].abs().max(), values.mean(), values.abs().max()
+    assert step == 72 and about[:4] == [f"{x:.4g}" for x in means]
+    normalised = (states - before["body.0.running_mean"]) / (before["body.0.running_var"] + 1e-5).sqrt()
+    assert about[4] == f"{normalised.abs().max():.4g}"
 
 
 def test_half_pools_step_every_environment_as_often_in_each_way_and_one_half_while_the_other_acts(capsys, monkeypatch):
