@@ -23,12 +23,14 @@ import pqn  # noqa: E402
 
 
 class Collector(pqn.Collector):
-    statistics, file = "running", None  # what the command line says
+    statistics, path = "running", None  # what the command line says
     rollouts = 0
 
     def __init__(self, envs, network, args, device):
         super().__init__(envs, network, args, device)
         self.network, self.size = network, args.num_envs * args.num_steps // args.num_minibatches
+        self.file = open(self.path, "w", buffering=1)  # only now: a refused command writes nothing
+        csv.writer(self.file).writerow("step running_mean running_max batch_mean batch_max input_max".split())
 
     @torch.no_grad()
     def collect(self, epsilon):
@@ -36,7 +38,7 @@ class Collector(pqn.Collector):
         obs, actions, values = rollout[:3]
         T, N = actions.shape
         states, learning = torch.cat([obs.flatten(0, 1), self.obs[:N]]), copy.deepcopy(self.network).train()
-        batch_values, draw = torch.empty(len(states)), torch.Generator().manual_seed(self.rollouts)
+        batch_values, draw = torch.empty_like(values.flatten()), torch.Generator().manual_seed(self.rollouts)
         for group in torch.randperm(len(states), generator=draw).tensor_split(max(1, len(states) // self.size)):
             batch_values[group] = learning(states[group]).max(1).values
         batch_values = batch_values.view(T + 1, N)
@@ -45,21 +47,19 @@ class Collector(pqn.Collector):
             norm = self.network.body[0]
             normalised = (states.flatten(1).float() - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
             about = [x.item() for v in (values, batch_values) for x in (v.mean(), v.abs().max())]
-            self.file.writerow([self.rollouts * T * N, *(f"{x:.4g}" for x in (*about, normalised.abs().max()))])
+            line = [self.rollouts * T * N, *(f"{x:.4g}" for x in (*about, normalised.abs().max()))]
+            csv.writer(self.file).writerow(line)
         return (obs, actions, batch_values if self.statistics == "batch" else values, *rollout[3:]), *episodes
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in ("running", "batch"):
-        pqn.fail("usage: batch_values.py running|batch FILE --env-id ... --norm-type batch_norm")
-    Collector.statistics, path = sys.argv[1:3]
+        pqn.fail("usage: batch_values.py running|batch FILE --env-id ... --normalize-input --norm-type batch_norm")
+    Collector.statistics, Collector.path = sys.argv[1:3]
     del sys.argv[1:3]
     sys.path.append(str(Path.cwd()))  # where the module of an environment may lie
     args = pqn.parse_args()
     if not args.normalize_input:
         pqn.fail("batch_values.py is about normalised observations: add --normalize-input")
-    with open(path, "w", buffering=1) as opened:
-        Collector.file = csv.writer(opened)
-        Collector.file.writerow("step running_mean running_max batch_mean batch_max input_max".split())
-        pqn.Collector = Collector
-        pqn.main(args)
+    pqn.Collector = Collector
+    pqn.main(args)

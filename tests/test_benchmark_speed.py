@@ -180,11 +180,11 @@ def test_running_statistics_of_the_input_make_no_observation_depend_on_the_other
     torch.testing.assert_close(reference.eval()(obs), network.eval()(obs))
 
 
-def test_lambda_returns_stand_on_the_values_of_acting_or_on_those_of_learning(monkeypatch):
+def test_lambda_returns_stand_on_the_values_of_acting_or_on_those_of_learning(monkeypatch, tmp_path):
     args = replace(pqn.Args(), num_envs=4, num_eval_envs=1, num_steps=6, num_minibatches=1, hidden_sizes=(8,))
     args = replace(args, norm_type="batch_norm", normalize_input=True)
-    rollouts, lines = {}, []
-    monkeypatch.setattr(batch_values.Collector, "file", SimpleNamespace(writerow=lines.append))
+    rollouts = {}
+    monkeypatch.setattr(batch_values.Collector, "path", tmp_path / "values.csv")
     for statistics in ("pqn.py", "running", "batch"):
         monkeypatch.setattr(batch_values.Collector, "statistics", statistics)
         envs = pqn.make_envs(args, 5, (1, 0))
@@ -204,9 +204,15 @@ def test_lambda_returns_stand_on_the_values_of_acting_or_on_those_of_learning(mo
     obs, values = rollouts["batch"][0], rollouts["batch"][2]
     states = torch.cat([obs.flatten(0, 1), collector.obs[:4]])
     torch.testing.assert_close(values, network.train()(states).max(1).values.view(7, 4))  # one group: all states
-    (step, *about), _ = lines
-    means = rollouts["running"][2].mean(), rollouts["running"][2].abs().max(), values.mean(), values.abs().max()
-    assert step == 72 and about[:4] == [f"{x:.4g}" for x in means]
+    _, line = (tmp_path / "values.csv").read_text().splitlines()
+    step, *about = line.split(",")
+    means = (
+        rollouts["running"][2].mean(),
+        rollouts["running"][2].abs().max(),
+        values.mean(),
+        values.abs().max(),
+    )  # they act alike
+    assert step == "72" and about[:4] == [f"{x:.4g}" for x in means]
     normalised = (states - before["body.0.running_mean"]) / (before["body.0.running_var"] + 1e-5).sqrt()
     assert about[4] == f"{normalised.abs().max():.4g}"
 
