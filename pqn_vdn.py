@@ -503,7 +503,7 @@ def pick_device(name):
 def processes():
     """Which of the processes that torchrun started this is, and how many they are; 0 and 1 without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(minutes=10))
+        dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available(), timeout=timedelta(minutes=10))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

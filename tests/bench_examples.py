@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,11 @@ import report  # noqa: E402
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "SEEDS WORKERS CORES OPTIONS RESULTS EPISODES OMP_NUM_THREADS SLURM_ARRAY_TASK_ID".split():
+    settings = "SEEDS WORKERS CORES OPTIONS RESULTS EPISODES OMP_NUM_THREADS SLURM_ARRAY_TASK_ID SLURM_SUBMIT_DIR"
+    for name in settings.split():
         monkeypatch.delenv(name, raising=False)
+    # Files of one second are read in the order of their names, which end with a count: 9 would come after 10
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def example(env="CartPole-v1", variant="pqn", seed=1, level=1.0, points=5, command="python toy.py", **about):

@@ -23,7 +23,7 @@ def compare_a_resumed_run(transcription, args, made, train, curves):
     """Trains for three rollouts and, resumed, for two more: weights, returns and curves are those of a literal run.
     `made` are the recorded environments of both parts."""
     script = sys.modules[type(args).__module__]
-    size = args.num_envs * args.num_steps
+    args, size = replace(args, device="cpu"), args.num_envs * args.num_steps
     folder, first = train(replace(args, total_timesteps=3 * size + 5))
     _, checkpoint = train(replace(script.Args(**first["args"]), resume=str(folder), total_timesteps=5 * size))
     assert (first["step"], checkpoint["step"]) == (3 * size, 5 * size)

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import torch.distributed.distributed_c10d as c10d
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -252,6 +253,19 @@ def test_what_is_recorded_has_been_called_with_the_same_layout_before(script, mo
     for _ in range(5):
         double(torch.zeros(6, 8).chunk(2, dim=1)[0])
     assert len(strides) == 4 and len(set(strides)) == 1, strides
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize("gpus, backends", [(True, {"cpu": "gloo", "cuda": "nccl"}), (False, {"cpu": "gloo"})])
+@pytest.mark.parametrize("script", [pqn, atari, recurrent, pqn_lstm, pqn_vdn, pqn_vdn_lstm])
+def test_processes_can_be_on_cpus_where_there_are_gpus(script, gpus, backends, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(script.dist, "init_process_group", chosen := MagicMock())
+    script.processes()
+    assert c10d.BackendConfig(c10d.Backend(chosen.call_args.args[0])).device_backend_map == backends
 
 
 # ------------------------------------------------------------------------------------------------- out of memory

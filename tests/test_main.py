@@ -125,6 +125,6 @@ def test_bf16_is_taken_where_it_is_native_and_an_option_stands(
     monkeypatch.setattr(script, "td_loss", lambda network, *x: learned_in.append(network.dtype) or loss(network, *x))
     for choice, expected in ("auto", precision), ("fp32", "fp32"), ("bf16", "bf16"):
         learned_in.clear()
-        _, checkpoint = train(options_for(script, precision=choice, total_timesteps=42))
+        _, checkpoint = train(options_for(script, precision=choice, total_timesteps=42, device="cpu"))
         assert set(learned_in) == {torch.bfloat16 if expected == "bf16" else torch.float32}
         assert checkpoint["args"]["precision"] == expected  # a resumed run keeps it, on another machine too

@@ -32,8 +32,10 @@ def folder():
 
 
 def trained(**options):
+    before = set(Path("runs").glob("*"))
     pqn.main(replace(SMALL, **options))
-    return max(Path("runs").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+    (folder,) = set(Path("runs").glob("*")) - before
+    return folder
 
 
 def rename_script(folder, name):

@@ -233,6 +233,7 @@ def minibatch(size=6):
 
 @pytest.mark.parametrize("norm_type", ["layer_norm", "none"])
 def test_phantoms_change_neither_loss_nor_gradient(norm_type):
+    torch.manual_seed(0)
     network, _ = network_for(norm_type=norm_type)
     optimizer = pqn.RAdam(network, 10.0)
 
@@ -250,7 +251,7 @@ def test_phantoms_change_neither_loss_nor_gradient(norm_type):
     assert (loss, q_value) == (loss2, q_value2) and torch.equal(gradient, gradient2)
     # and the mean is over the real ones
     alone = loss_and_gradient(obs[real], actions[real], targets[real], real[real])
-    assert (loss, q_value) == pytest.approx(alone[:2]) and torch.allclose(gradient, alone[2], atol=1e-6)
+    assert (loss, q_value) == pytest.approx(alone[:2], abs=1e-6) and torch.allclose(gradient, alone[2], atol=1e-6)
 
 
 def test_a_minibatch_of_phantoms_changes_no_weight_and_no_optimiser_state(train):

@@ -368,6 +368,7 @@ def test_td3_learns_as_published_with_the_smaller_of_two_slow_q():
 
 def collected(env_id, rollouts=2, epsilon=1.0, num_steps=7, **options):
     args = arguments(env_id=env_id, num_envs=2, num_steps=num_steps, **options)
+    torch.manual_seed(0)
     Counting.actions.clear()
     envs = preqn.make_envs(args, 3, (1,))
     network = preqn.QNetwork(*preqn.spaces(envs), args)

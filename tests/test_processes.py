@@ -31,8 +31,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 def one_of_them(rank, ranks, port, folder, functions):
     os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in what a shell starts with `&`
     torch.set_num_threads(1)
     for i, file in enumerate((f"out{rank}", f"err{rank}"), start=1):
@@ -43,7 +43,7 @@ def one_of_them(rank, ranks, port, folder, functions):
 
 def start(*functions, ranks=2):
     """Processes that call the functions (each given with its arguments) one after the other, as torchrun's would."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = store.port, os.getcwd()
     started = [server.Process(target=one_of_them, args=(rank, ranks, *place, functions)) for rank in range(ranks)]
     for process in started:
@@ -237,21 +237,24 @@ def test_what_ends_one_process_ends_all_with_one_line_and_a_whole_checkpoint(ran
     assert saved()["step"] in (3 * 64, 4 * 64) and all(x.isfinite().all() for x in saved()["network"].values())
 
 
-def wait_for(text, file):
+def wait_until(condition):
     deadline = time.monotonic() + 300
-    while text not in (Path(file).read_text() if Path(file).exists() else ""):
-        assert time.monotonic() < deadline, file
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def checkpoints():
+    """The times of their last change; each comes after a rollout that every process has finished."""
+    return {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/checkpoint.pt")}
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_rollout_and_any_number_resumes():
     steps, options = 0, f"{OPTIONS} --total-timesteps 1000000"
     for ranks, signalled, signum in ((2, 1, signal.SIGTERM), (4, 0, signal.SIGINT)):
-        for file in Path().glob("out*"):
-            file.unlink()
+        before = checkpoints()
         processes = start((command, options), ranks=ranks)
-        wait_for("parameters", "out0")
-        time.sleep(0.2)
+        wait_until(lambda before=before: checkpoints() != before)
         os.kill(processes[signalled].pid, signum)
         codes, errors = end(processes)
         assert codes == [128 + signum] * ranks and errors == "\nstopping after this rollout\n" * (signalled == 0)
@@ -264,15 +267,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_rollout_and_any_number
 
 
 def test_torchrun_names_the_process_that_died():
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "pqn.py"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--monitor-interval", "5", ROOT / "pqn.py"]  # in which a process has the time to say what it knows
     words += [*OPTIONS.split(), "--total-timesteps", "10000000"]
     with open("out", "w") as out:
         torchrun = subprocess.Popen(list(map(str, words)), stdout=out, stderr=out)
-    wait_for("parameters", "out")
+    wait_until(checkpoints)
     for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
         if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
             os.kill(int(pid), signal.SIGKILL)
     assert torchrun.wait(timeout=300) == 1
     output = Path("out").read_text()
-    assert output.count("another process of this run has ended") == 1 and "rank      : 1" in output, output
+    assert output.count("another process of this run has ended") == 1 and "exitcode  : -9" in output, output
     assert "Traceback" not in output.split("error in process 0")[0], output

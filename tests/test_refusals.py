@@ -463,7 +463,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(train, capsys):
 
 
 def test_the_hyperparameter_table_names_every_option_and_the_device_that_was_used(train):
-    folder, _ = train(SMALL)
+    folder, _ = train(replace(SMALL, device="cpu"))
     events = EventAccumulator(str(folder)).Reload()
     (text,) = events.Tensors("hyperparameters/text_summary")
     rows = text.tensor_proto.string_val[0].decode().splitlines()
