@@ -446,10 +446,10 @@ def check(args: Args, ranks: int = 1):
 
 
 def pick_device(name):
-    """The device, tried out. "auto" is this process's GPU, and the CPU where there is none."""
+    """The device, tried out. "cuda" is this process's GPU; so is "auto", or the CPU where there is none."""
     try:
-        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        (there := torch.zeros(1, device=auto if name == "auto" else name)).cpu()
+        mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+        (there := torch.zeros(1, device=mine if name in ("auto", "cuda") else name)).cpu()
         if there.device.type == "cuda":
             torch.cuda.set_device(there.device)
         return there.device

@@ -1,5 +1,6 @@
 """The CUDA paths on a machine without a GPU: on fake tensors of another device, and with graphs played by a CPU."""
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -266,6 +267,53 @@ def test_processes_can_be_on_cpus_where_there_are_gpus(script, gpus, backends, m
     monkeypatch.setattr(script.dist, "init_process_group", chosen := MagicMock())
     script.processes()
     assert c10d.BackendConfig(c10d.Backend(chosen.call_args.args[0])).device_backend_map == backends
+
+
+@pytest.mark.parametrize(
+    "name, gpus, expected",
+    [
+        ("auto", 4, "cuda:2"),
+        ("auto", 0, "cpu"),
+        ("cuda", 4, "cuda:2"),
+        ("cuda:1", 4, "cuda:1"),
+        ("cpu", 4, "cpu"),
+        ("cuda", 0, None),
+    ],
+)
+@pytest.mark.parametrize("script", [pqn, atari, recurrent, pqn_lstm, pqn_vdn, pqn_vdn_lstm])
+def test_each_process_takes_a_gpu_of_its_own(script, name, gpus, expected, monkeypatch, capsys):
+    def zeros(_, device):
+        assert gpus or device == "cpu", "there is no GPU"
+        return SimpleNamespace(device=torch.device(device), cpu=lambda: None)
+
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen := MagicMock())
+    monkeypatch.setattr(torch, "zeros", zeros)
+    if expected is None:
+        with pytest.raises(SystemExit):
+            script.pick_device(name)
+        assert "error: --device cuda cannot be used: there is no GPU" in capsys.readouterr().err
+    else:
+        assert script.pick_device(name) == torch.device(expected)
+        assert chosen.call_count == ("cuda" in expected)
+
+
+@pytest.mark.parametrize("script", [atari, recurrent])
+def test_no_graph_with_a_sum_over_processes_is_left_when_the_process_group_ends(script, monkeypatch):
+    graphs = []
+
+    def capture(function, *_):
+        graph = partial(function)
+        if function.func is script.train_step:
+            graphs.append(weakref.ref(graph))
+        return graph
+
+    monkeypatch.setattr(script, "capture", capture)
+    monkeypatch.setattr(script, "SummaryWriter", MagicMock())
+    monkeypatch.setattr(script.Run, "finish", lambda *_: graphs.append(graphs[0]()))
+    script.main(script.Args(**TINY, env_id="Pong-v5", device="cpu", total_timesteps=24))
+    assert graphs[1:] == [None]
 
 
 # ------------------------------------------------------------------------------------------------- out of memory
