@@ -203,6 +203,7 @@ def collect(args: Args, action_space, seed):
     while sum(len(transitions[1]) for transitions in kept) < M:
         actions = random.integers(len(table), size=10)
         next_obs, rewards, terminated, truncated, _ = envs.step(table[actions])
+        next_obs = next_obs.cpu().numpy() if torch.is_tensor(next_obs) else next_obs  # of jax_envs.py on a GPU
         kept.append([x[~ended].copy() for x in (obs, actions, rewards, next_obs, terminated, truncated)])
         obs, ended = next_obs.copy(), terminated | truncated
     arrays = [np.concatenate(x)[:M] for x in zip(*kept, strict=True)]
@@ -281,7 +282,7 @@ def minibatches(data, generators, args: Args, number):
     """Minibatches, drawn with replacement by the generator of each seed, whose copies share them."""
     M, n = data[0].shape[1], args.batch_size
     draw = lambda x: torch.randint(M, (number, n), generator=x) if n < M else torch.arange(M).expand(number, M)
-    for rows in torch.stack([draw(generator) for generator in generators], 1):
+    for rows in torch.stack([draw(generator) for generator in generators], 1).to(data[0].device):
         yield take(data, rows, args)
 
 

@@ -125,14 +125,14 @@ def thin(points, most=200):
 # ------------------------------------------------------------------------------------------ what is known of a run
 
 
-def hardware():
-    """The processor, how many of its cores this process may use, and the GPU."""
+def hardware(device="auto"):
+    """The processor, how many of its cores this process may use, and the GPU, for a run that may use one."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    gpu = "" if device == "cpu" or not torch.cuda.is_available() else f"{torch.cuda.get_device_name()}, "
     return f"{gpu}{name}, {mine} of {os.cpu_count()} cores"
 
 
@@ -149,12 +149,15 @@ def commit():
 def evaluate(script, run_folder, episodes):
     """Returns of that many greedy episodes, and how many of these differ in what the agent sees. Deterministic
     episodes differ only if their starts do; on Atari, by the number of no-ops."""
+    import torch
+
     import play
 
     seen, over = {}, set()
 
     def watch(envs, actions, *more, step_envs=script.step_envs):
         obs, *_, ended = result = step_envs(envs, actions, *more)
+        obs = obs.cpu().numpy() if torch.is_tensor(obs) else obs  # of jax_envs.py on a GPU
         for i in range(len(obs)):
             if i not in over:
                 seen[i] = zlib.crc32(np.ascontiguousarray(obs[i]), seen.get(i, 0))
@@ -196,7 +199,7 @@ def collect(args: Args):
         "script_sha1": args.script_sha1,
         "commit": commit(),
         "date": date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware(options["device"]),
         "threads": checkpoint.get("threads", torch.get_num_threads()),
         "torch": torch.__version__,
         "steps": checkpoint["step"],

@@ -31,7 +31,7 @@ def load(folder):
         columns, *rows = csv.reader(file)
     table = np.array(rows, dtype=float)
     copies = len(np.unique(table[:, :2], axis=0))
-    options = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["args"]
+    options = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["args"]
     return {name: x.reshape(-1, copies) for name, x in zip(columns, table.T, strict=True)}, options
 
 

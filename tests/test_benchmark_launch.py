@@ -386,6 +386,13 @@ def test_a_real_run_ends_as_a_line_of_a_set_and_a_table(monkeypatch, capfd):
     assert run.points[-1, 0] == 2800 and run.about["script_sha1"] == ""
 
 
+@pytest.mark.parametrize("device, there, named", [("auto", True, True), ("auto", False, False), ("cpu", True, False)])
+def test_a_gpu_is_named_where_the_run_may_have_used_it(device, there, named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert collect.hardware(device).startswith("a GPU, ") == named and " cores" in collect.hardware(device)
+
+
 def test_a_run_of_offline_dqn_is_refused_in_one_line(monkeypatch, capsys):
     options = asdict(offline_dqn.Args())
     script = SimpleNamespace(__name__="offline_dqn", load_checkpoint=lambda _: {"args": options, "step": 1})

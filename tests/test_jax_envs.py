@@ -21,6 +21,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # what
 for package in ("gymnax", "jaxmarl", "craftax"):
     pytest.importorskip(package)
 jax, jax_envs = pytest.importorskip("jax"), pytest.importorskip("jax_envs")
+jax.config.update("jax_platforms", "cpu")
 jnp = jax.numpy
 
 ROOT = Path(__file__).parents[1]
