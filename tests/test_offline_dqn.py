@@ -402,8 +402,9 @@ def test_copies_that_train_together_are_those_that_train_alone(norm_type):
         for name, x in alone["copies"].items():
             torch.testing.assert_close(together["copies"][name][i], x[0], rtol=1e-5, atol=1e-6)
         mine = [row for row in rows if (float(row["learning_rate"]), float(row["seed"])) == (rate, seed)]
-        for name in ("loss", "gi2", "seem", "norm"):
-            assert [float(r[name]) for r in mine] == pytest.approx([float(r[name]) for r in own], rel=1e-3, abs=1e-6)
+        for name, least in ("loss", 1e-6), ("gi2", 1e-6), ("seem", 1e-6), ("norm", 1e-6), ("iso", 1e-4):
+            # Six samples of so few features depend on one another: an isometry near 0 is rounding
+            assert [float(r[name]) for r in mine] == pytest.approx([float(r[name]) for r in own], rel=1e-3, abs=least)
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.3, "optimizer": "adam"}, {"norm_type": "batch_norm"}], ids=str)
