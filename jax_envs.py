@@ -1,4 +1,4 @@
-"""Environments that exist only in JAX (gymnax, Craftax, JaxMARL) as vector environments of Gymnasium.
+"""Environments of JAX packages (gymnax, Craftax, JaxMARL) as vector environments of Gymnasium.
 
     pip install -r requirements-jax.txt
     python pqn.py --env-id jax_envs:Breakout-MinAtar-v0

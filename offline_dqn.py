@@ -2,8 +2,8 @@
 
 Collects a data set with random actions, trains Q-networks on it by plain semi-gradient steps, and measures on the way
 what two papers explain their divergence with; equation numbers name the paper:
-    003  "How Does Layer Normalization Improve Deep Q-learning?": gradient interference, isometry
-    004  "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL" (Yue et al., NeurIPS 2023):
+    [1]  "How Does Layer Normalization Improve Deep Q-learning?": gradient interference, isometry
+    [2]  "Understanding, Predicting and Better Resolving Q-Value Divergence in Offline-RL" (Yue et al., NeurIPS 2023):
          the self-excite eigenvalue measure (SEEM) of the neural tangent kernel; the step at which training must crash
 Every learning rate with every seed is a copy, and all copies train as one network with a leading dimension K; their
 measurements are in measures.csv in the run's folder. After main() comes only bookkeeping.
@@ -52,7 +52,7 @@ Rates = Annotated[tuple[float, ...], "positive, and at least one", lambda x: x a
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the walk of 004's published code
+    env_id: str = "CartPole-v1"  # an EnvPool id, any other Gymnasium id, or "toy": the walk of [2]'s published code
     gradient_steps: Count = 10_000  # gradient steps of the run, made by every copy
     # copies have this seed, the next one and so on: each seed has its own data set, first weights and minibatches
     seed: Annotated[int, "in [0, 2^62)", lambda x: 0 <= x < 2**62] = 1
@@ -66,20 +66,20 @@ class Args:
     uniform_states: bool = False  # each of them starts in a state drawn uniformly (MountainCar-v0, Pendulum-v1)
     # a Box action space is cut into so many even values in each dimension, and all their combinations are the actions
     values_per_action: Annotated[int, "at least 2", lambda x: x >= 2] = 3
-    # learning rates, each a copy of every seed; the default are the nine of 003's Table 1
+    # learning rates, each a copy of every seed; the default are the nine of [1]'s Table 1
     learning_rate: Rates = (0.1, 10**-1.5, 0.01, 10**-2.5, 0.001, 10**-3.5, 1e-4, 10**-4.5, 1e-5)
     optimizer: Literal["sgd", "adam"] = "sgd"  # without momentum; with the usual β of 0.9 and 0.999
     batch_size: Count = 128  # transitions in a minibatch; at least as many as there are: all of them in every step
     gamma: Share = 0.99  # discount factor γ
     weight_decay: Share = 0.0  # every step shrinks the weights by this times the learning rate, as AdamW does
-    clamp: Positive = 1e6  # weights are kept within ± this (003, Appendix G)
-    limit: Positive = 1e6  # a copy has diverged when a |Q| in its minibatch exceeds this (004, Fig. 3)
+    clamp: Positive = 1e6  # weights are kept within ± this ([1], Appendix G)
+    limit: Positive = 1e6  # a copy has diverged when a |Q| in its minibatch exceeds this ([2], Fig. 3)
     # width of each hidden layer
     hidden_sizes: Annotated[tuple[int, ...], "at least 1 each", lambda x: min(x, default=1) >= 1] = (128,)
     # of each hidden layer, before its ReLU and without learned scale or shift (weight norm learns its length g)
     norm_type: Literal["layer_norm", "batch_norm", "weight_norm", "none"] = "layer_norm"
     dropout: Annotated[float, "in [0, 1)", lambda x: 0 <= x < 1] = 0.0  # share of hidden units left out in training
-    # the action is an input of the network (004, §2), not one of its outputs (003, §2); of the toy task always
+    # the action is an input of the network ([2], §2), not one of its outputs ([1], §2); of the toy task always
     action_input: bool = False
     measure_interval: Count = 1_000  # gradient steps between two measurements
     measure_batch: Annotated[int, "at least 2", lambda x: x >= 2] = 128  # transitions of each seed that they take
@@ -191,7 +191,7 @@ def collect(args: Args, action_space, seed):
     """--num-transitions with uniformly random actions, as load_dataset() lists them. EnvPool and Gymnasium reset on the
     step *after* an episode's end: that phantom step, whose action is ignored, is left out."""
     random, table, M = np.random.default_rng((seed, 1)), action_table(action_space, args), args.num_transitions
-    if args.env_id == "toy":  # one walk without reward or end, whose steps and noise are those of 004's published code
+    if args.env_id == "toy":  # one walk without reward or end, whose steps and noise are those of [2]'s published code
         actions, none = random.integers(8, size=M), np.zeros(M)
         steps = 0.1 * table[actions] + 0.02 * random.random((M, 2))
         states = random.random(2) + np.concatenate([np.zeros((1, 2)), steps.cumsum(0)])
@@ -212,7 +212,7 @@ def collect(args: Args, action_space, seed):
 
 
 def collect_uniformly(env_id, actions, table, random):
-    """The same, where each transition starts in a state of its own, drawn uniformly (003, Appendix G)."""
+    """The same, where each transition starts in a state of its own, drawn uniformly ([1], Appendix G)."""
     low, high = ((-1.2, -0.07), (0.6, 0.07)) if env_id == "MountainCar-v0" else ((-math.pi, -8), (math.pi, 8))
     env, kept = gym.make(env_id).unwrapped, []
     env.reset()
@@ -295,7 +295,7 @@ def take(data, rows, args: Args):
 
 # ----------------------------------------------------------------------------------------------------- network
 class QNetwork(nn.Module):
-    """K copies of linear → norm → ReLU for each hidden layer, then linear, to one value per action (003, Eq. 3)."""
+    """K copies of linear → norm → ReLU for each hidden layer, then linear, to one value per action ([1], Eq. 3)."""
 
     def __init__(self, observation_space, action_space, args: Args, copies=1):
         super().__init__()
@@ -349,7 +349,7 @@ class QNetwork(nn.Module):
                 layers.append((x, y, scale, direction))
             if i + 1 < len(self.weights):
                 if self.norm_type == "layer_norm":
-                    y = F.layer_norm(y, y.shape[2:])  # 003, Eq. 2
+                    y = F.layer_norm(y, y.shape[2:])  # [1], Eq. 2
                 x = F.relu(self.batch_norm(y, i) if self.norm_type == "batch_norm" else y)
                 if self.dropout and self.training:  # drawn on the host, alike for every device
                     x = x * (torch.rand(x.shape) >= self.dropout).to(x) / (1 - self.dropout)
@@ -370,7 +370,7 @@ class QNetwork(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- learning
 def td_errors(network, batch, gamma: float):
-    """Δ = Q(s, a) − r − γ max_a' Q(s', a') (003, Eq. 4; 004's u), whose target carries no gradient; Q(s, a);
+    """Δ = Q(s, a) − r − γ max_a' Q(s', a') ([1], Eq. 4; [2]'s u), whose target carries no gradient; Q(s, a);
     the greedy actions at s'; γ or, where the episode terminated, 0. A truncation bootstraps."""
     obs, actions, rewards, next_obs, terminated = batch
     with torch.no_grad():
@@ -382,7 +382,7 @@ def td_errors(network, batch, gamma: float):
 
 
 def train_step(network, optimizer, batch, gamma: float):
-    """One step down the semi-gradient Δ ∇Q(s, a), its mean over the minibatch (003, Eq. 1); each copy's largest |Q|."""
+    """One step down the semi-gradient Δ ∇Q(s, a), its mean over the minibatch ([1], Eq. 1); each copy's largest |Q|."""
     errors, values, *_ = td_errors(network, batch, gamma)
     loss = 0.5 * errors.square().mean(1).sum()  # of all copies: the gradient of each is that of its own
     optimizer.step(torch.autograd.grad(loss, list(network.parameters())))
@@ -417,7 +417,7 @@ class Optimizer:
 
 # ------------------------------------------------------------------------------------------------- instruments
 def gram_matrix(network, obs, actions):
-    """G_ij = ⟨∇Q(x_i), ∇Q(x_j)⟩ over all parameters of each copy (004, §2), (K, n, n); and the last hidden layer.
+    """G_ij = ⟨∇Q(x_i), ∇Q(x_j)⟩ over all parameters of each copy ([2], §2), (K, n, n); and the last hidden layer.
 
     Where a linear layer has input a_i and output y_i, and b_i = ∂Q(x_i)/∂y_i, the gradient of W is b_i a_iᵀ and that of
     the bias b_i: G sums (A Aᵀ + 1) ∘ (B Bᵀ) over the layers. One backward pass gives every B, as no sample depends on
@@ -432,7 +432,7 @@ def gram_matrix(network, obs, actions):
 
 
 def interference(gram, errors, discount, learning_rates):
-    """Gradient interference (003) of n transitions, each (K,). `gram` is of their (s, a) and then (s', greedy a').
+    """Gradient interference ([1]) of n transitions, each (K,). `gram` is of their (s, a) and then (s', greedy a').
     With the errors Δ, the learning rate η, h = Q(s, a) − γ max Q(s', ·), g_i = Δ_i ∇Q_i and f_j = Δ_j ∇h_j,
         QGI₊ = mean |cos(∇Q_i, ∇Q_j)| over i ≠ j    (Eq. 6)        MGI = mean cos(g_i, f_j)    (Eq. 9)
         SGI = mean cos(g_i, g_j)                    (Eq. 8)        DGI = mean ⟨g_i, f_j⟩       (Appendix F)
@@ -453,7 +453,7 @@ def interference(gram, errors, discount, learning_rates):
 
 
 def seem(gram, discount):
-    """SEEM, the largest real part of an eigenvalue of A = γ G(X*, X) − G(X, X) (004, Theorem 3), where X* are the
+    """SEEM, the largest real part of an eigenvalue of A = γ G(X*, X) − G(X, X) ([2], Theorem 3), where X* are the
     (s', greedy a'). A small step on the sum of the losses is u ← (I + ηA) u (Theorem 1). NaN where A is not finite."""
     n = discount.shape[1]
     a = discount.unsqueeze(2) * gram[:, n:, :n] - gram[:, :n, :n]
@@ -463,7 +463,7 @@ def seem(gram, discount):
 
 
 def isometry(features, k):
-    """ISO_k (003, Appendix C): the mean of det(G)^{1/k} / (tr(G)/k) over sets of k samples, G their inner products.
+    """ISO_k ([1], Appendix C): the mean of det(G)^{1/k} / (tr(G)/k) over sets of k samples, G their inner products.
     It is 1 where they are orthogonal and of one length, and 0 where they are linearly dependent."""
     sets = features[:, : features.shape[1] // k * k].unflatten(1, (-1, k))
     volume = (torch.linalg.slogdet(sets @ sets.mT).logabsdet / k).exp()
@@ -472,7 +472,7 @@ def isometry(features, k):
 
 def predicted_crash(steps, errors, depth):
     """The step at which training must crash: where the line through 1/‖u‖^((2L−2)/L) reaches 0, which falls linearly in
-    an L-layer ReLU network under SGD (004, Eq. 2, 23). steps (T,), ‖u‖ (T, K) -> (K,); infinite if it does not fall."""
+    an L-layer ReLU network under SGD ([2], Eq. 2, 23). steps (T,), ‖u‖ (T, K) -> (K,); infinite if it does not fall."""
     inverse = errors ** -((2 * depth - 2) / depth)
     centred = (steps - steps.mean())[:, None]
     slope = (centred * inverse).sum(0) / centred.square().sum()
@@ -481,7 +481,7 @@ def predicted_crash(steps, errors, depth):
 
 def measure(network, batch, learning_rates, args: Args, before=None):
     """All of these for each copy, in double precision, on its measuring transitions: {name: (K,)}. And what the next
-    call needs as `before`: the kernel and the greedy actions, whose change is measured too (004, Fig. 1)."""
+    call needs as `before`: the kernel and the greedy actions, whose change is measured too ([2], Fig. 1)."""
     network, batch = copy.deepcopy(network).double().eval(), [x.double() if x.is_floating_point() else x for x in batch]
     errors, values, next_actions, discount = td_errors(network, batch, args.gamma)
     (obs, actions, _, next_obs, _), n = batch, errors.shape[1]

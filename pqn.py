@@ -291,7 +291,7 @@ class RAdam:
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: how many gradients `square` averages, in effect
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -320,7 +320,7 @@ def train_step(network, optimizer, args: Args, *minibatch):
 
 def minibatches(data, args: Args):
     """--update-epochs times the rollout, shuffled and cut into --num-minibatches, each with the number of its real
-    transitions; and how many epochs are over before it. One of nothing but phantoms is left out."""
+    transitions; before it, how many epochs are done. One of nothing but phantoms is left out."""
     data = [x.flatten(0, 1) for x in data]
     real = data[-1]
     for epoch in range(args.update_epochs):
@@ -352,14 +352,14 @@ def main(args: Args):
     horizon, final_rate = args.schedule_timesteps, 0.0 if args.anneal_lr else args.learning_rate
     share = {"num_envs": args.num_envs // ranks, "num_eval_envs": args.num_eval_envs * (rank == 0)}
     mine = replace(args, **share, l2_coef=args.l2_coef / ranks)  # what this one of several processes does
-    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # fresh after --resume
+    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # new seeds on --resume
     torch.manual_seed(args.seed)
     network = QNetwork(*spaces(envs), args)
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # more threads gain little there (80 is RAdam's part) and stall beside other programs
+        torch.set_num_threads(1)  # more threads gain little in so short steps, and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
 
     with Run(args, optimizer.weights, checkpoint) as run:  # Ctrl-C, SIGTERM and SIGHUP set run.stopped

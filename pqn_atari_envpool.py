@@ -67,8 +67,8 @@ class Args:
     repeat_action_probability: Share = 0.0
     frame_skip: Count = 4  # frames that each action is repeated for
     stack_num: Count = 4  # frames in an observation
-    noop_max: Count = 30  # a game starts with up to this many no-ops
-    use_fire_reset: bool = True  # press FIRE at the start of a game that waits for it
+    noop_max: Count = 30  # a game, or life, starts with up to this many no-ops
+    use_fire_reset: bool = True  # press FIRE after that, where the game has it
     full_action_space: bool = False  # all 18 actions, not only those with an effect in this game
     max_episode_steps: Count = 27_000  # steps after which a game is cut short (27,000 × 4 frames are 30 minutes)
 
@@ -125,7 +125,7 @@ def step_envs(envs, actions):
     EnvPool resets on the step *after* an episode's end. So `obs` is the true successor even where an episode ends, and
     the step after it is a phantom: its action is ignored, it only brings a new episode's (or life's) first observation.
     `score` and `over` are what the logged returns count: the game's own points, and the end of the whole game. A game
-    that ends on the very step of its time limit is reported as truncated; `info` knows better. (Of a life it does not.)
+    that ends on the very step of its time limit is reported as truncated; `info` knows better. (Not of a lost life.)
     """
     obs, rewards, terminated, truncated, info = envs.step(actions.astype(np.int32))
     game_over = info["terminated"].astype(bool)
@@ -225,7 +225,7 @@ class QNetwork(nn.Module):
         with torch.autocast(obs.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             scaled = obs.to(self.dtype) / 255
             features = self.body(scaled.contiguous(memory_format=torch.channels_last))
-        return self.head(features.float())  # bf16 has 3 digits: too few to tell the Q-values of two actions apart
+        return self.head(features.float())  # bf16 has 8 bits: too few to tell the Q-values of two actions apart
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -306,7 +306,7 @@ class RAdam:
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: how many gradients `square` averages, in effect
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -335,7 +335,7 @@ def train_step(network, optimizer, args: Args, *minibatch):
 
 def minibatches(data, args: Args):
     """--update-epochs times the rollout, shuffled and cut into --num-minibatches, each with the number of its real
-    transitions; and how many epochs are over before it. One of nothing but phantoms is left out."""
+    transitions; before it, how many epochs are done. One of nothing but phantoms is left out."""
     data = [x.flatten(0, 1) for x in data]
     real = data[-1]
     for epoch in range(args.update_epochs):
@@ -369,14 +369,14 @@ def main(args: Args):
     horizon, final_rate = args.schedule_timesteps, 0.0 if args.anneal_lr else args.learning_rate
     share = {"num_envs": args.num_envs // ranks, "num_eval_envs": args.num_eval_envs * (rank == 0)}
     mine = replace(args, **share, l2_coef=args.l2_coef / ranks)  # what this one of several processes does
-    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # fresh after --resume
+    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # new seeds on --resume
     torch.manual_seed(args.seed)
     network = QNetwork(*spaces(envs), args)
     optimizer = RAdam(network.to(device), args.max_grad_norm)
     if checkpoint:
         restore(checkpoint, network, optimizer)
     if not os.getenv("OMP_NUM_THREADS") and len(optimizer.weights) * max(80, batch_size / args.num_minibatches) < 16e6:
-        torch.set_num_threads(1)  # more threads gain little there (80 is RAdam's part) and stall beside other programs
+        torch.set_num_threads(1)  # more threads gain little in so short steps, and stall beside other programs
     learn = partial(torch.compile(train_step) if args.compile else train_step, network, optimizer, mine)
     learn = capture(learn, args, device)
     compute_targets = capture(partial(q_lambda_targets, gamma=args.gamma, q_lambda=args.q_lambda), args, device)

@@ -209,7 +209,7 @@ class Collector:
             self.real[t] = ~self.ended[:N]
             obs, rewards, terminated, truncated, score, over = step_envs(self.envs, actions.cpu().numpy())
             # The observation that ends an episode still sees its memory, for it bootstraps a truncation. The phantom
-            # step after it brings the first observation of the next one, which must not.
+            # step after it brings the first observation of the next one, which must not see it.
             self.observe(obs, starts=self.ended)
             self.rewards[t], self.terminated[t], self.truncated[t] = rewards[:N], terminated[:N], truncated[:N]
             self.returns += score
@@ -380,7 +380,7 @@ class RAdam:
         t, decay1, decay2 = self.steps, self.beta1**self.steps, self.beta2**self.steps
         size = learning_rate / (1 - decay1)
         rho_inf = 2 / (1 - self.beta2) - 1
-        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: in effect, of how many gradients `square` is the mean
+        rho = rho_inf - 2 * t * decay2 / (1 - decay2)  # ρ_t: how many gradients `square` averages, in effect
         rectified = rho > 5  # until then they are too few to divide by, and the step is plain momentum
         if rectified:
             trust = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)  # r_t²
@@ -409,7 +409,7 @@ def train_step(network, optimizer, args: Args, *minibatch):
 
 def minibatches(data, args: Args):
     """--update-epochs times the rollout, its environments shuffled and dealt out to --num-minibatches, each with the
-    number of its real transitions; and how many epochs are over before it. One of nothing but phantoms is left out."""
+    number of its real transitions; before it, how many epochs are done. One of nothing but phantoms is left out."""
     real = data[-1]
     for epoch in range(args.update_epochs):
         order = torch.randperm(real.shape[1]).to(real.device)
@@ -440,7 +440,7 @@ def main(args: Args):
     horizon, final_rate = args.schedule_timesteps, 0.0 if args.anneal_lr else args.learning_rate
     share = {"num_envs": args.num_envs // ranks, "num_eval_envs": args.num_eval_envs * (rank == 0)}
     mine = replace(args, **share, l2_coef=args.l2_coef / ranks)  # what this one of several processes does
-    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # fresh after --resume
+    envs = make_envs(args, mine.num_envs + mine.num_eval_envs, (args.seed, step, rank << 32))  # new seeds on --resume
     torch.manual_seed(args.seed)
     network = QNetwork(*spaces(envs), args)
     optimizer = RAdam(network.to(device), args.max_grad_norm)

@@ -396,7 +396,7 @@ def main(args: Args):
     batch_size = args.num_envs * args.num_steps
     if step + batch_size > args.total_timesteps:
         fail(f"no rollout of {batch_size} steps fits between step {step} and --total-timesteps {args.total_timesteps}")
-    envs = make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, step))  # fresh after --resume
+    envs = make_envs(args, args.num_envs + args.num_eval_envs, (args.seed, step))  # new seeds on --resume
     torch.manual_seed(args.seed)
     network = QNetwork(*spaces(envs), args).to(device)
     learned = [network.actor, network.critics] if args.critic == "td3" else [network.actor]

@@ -84,7 +84,7 @@ def curves(folder, path, variant):
 
 
 # ------------------------------------------------------------------------------------------------------- report
-PAPER = {  # 003, Table 1: random, none, LN, BN, WN; of CartPole's row only one number is known
+PAPER = {  # [1], Table 1: random, none, LN, BN, WN; of CartPole's row only one number is known
     "Acrobot-v1": (-452.604, -384.0, -267.2, -477.6, -409.6),
     "Pendulum-v1": (-1281.860, -1323.2, -792.8, -1433.7, -1376.5),
     "CartPole-v1": (np.nan, 163.5, np.nan, np.nan, np.nan),
@@ -131,7 +131,7 @@ def tasks_of(rows):
 
 
 def returns(rows, path):
-    """003's Table 1: of each seed the mean over learning rates and evaluations, of the seeds mean and interval."""
+    """[1]'s Table 1: of each seed the mean over learning rates and evaluations, of the seeds mean and interval."""
     tasks = tasks_of(rows)
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), layout="constrained", squeeze=False)
     table, best = [], []
@@ -178,7 +178,7 @@ def spearman(x, y):
 
 
 def interference(rows, path):
-    """003's Fig. 1 and 2: a point for each learning rate, with and without LayerNorm, the mean of its seeds."""
+    """[1]'s Fig. 1 and 2: a point for each learning rate, with and without LayerNorm, the mean of its seeds."""
     metrics = "qgi sgi mgi dgi gi2 iso".split()
     tasks = tasks_of(rows)
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.75 * len(tasks), 7), layout="constrained", squeeze=False)
@@ -230,7 +230,7 @@ def crash_of_unbalanced(t, u):
 
 
 def toy(rows, path):
-    """004's Fig. 2 and 10 (crash steps) and 4 (Adam)."""
+    """[2]'s Fig. 2 and 10 (crash steps) and 4 (Adam)."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     crashes, growth = [], []
     for (variant, seed), x in groups(rows, "variant", "seed").items():
@@ -280,7 +280,7 @@ def adam(depth, first=1000, last=2000):
 
 
 def seem(rows):
-    """004's Fig. 3 and 6: what SEEM says at one step, and what happens by the end of the run."""
+    """[2]'s Fig. 3 and 6: what SEEM says at one step, and what happens by the end of the run."""
     table, counts = [], {at: np.zeros((2, 2), int) for at in (0, 100, 200)}
     for (variant,), x in groups(rows, "variant").items():
         cells = {at: [] for at in counts}
@@ -339,7 +339,7 @@ def seem_of_tasks(rows):
 
 
 def ntk(path, width=10_000, side=41):
-    """004's Fig. 5: k(x₀, x) / k(x₀, x₀) of a two-layer network over the plane, with and without LayerNorm."""
+    """[2]'s Fig. 5: k(x₀, x) / k(x₀, x₀) of a two-layer network over the plane, with and without LayerNorm."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     grid = torch.linspace(-4, 4, side)
     points = torch.cat([torch.tensor([[0.1, 0.2]]), torch.cartesian_prod(grid, grid)]).unsqueeze(0)
