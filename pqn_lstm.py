@@ -412,12 +412,11 @@ def minibatches(data, args: Args):
     number of its real transitions; before it, how many epochs are done. One of nothing but phantoms is left out."""
     real = data[-1]
     for epoch in range(args.update_epochs):
-        order = torch.randperm(real.shape[1]).to(real.device)
-        counts = add_up(real[:, order].view(len(real), args.num_minibatches, -1).sum((0, 2)))
-        parts = zip(*(x[:, order].chunk(args.num_minibatches, dim=1) for x in data), counts, strict=True)
-        for i, (part, any_real) in enumerate(zip(parts, counts.tolist(), strict=True)):
-            if any_real:
-                yield epoch + i / args.num_minibatches, part
+        order = torch.randperm(real.shape[1]).to(real.device).view(args.num_minibatches, -1)
+        counts = add_up(real[:, order].sum((0, 2)))
+        for i, (rows, count, any_real) in enumerate(zip(order, counts, counts.tolist(), strict=True)):
+            if any_real:  # index_select copies whole rows: on a CPU five times as fast as x[:, rows]
+                yield epoch + i / args.num_minibatches, (*(x.index_select(1, rows) for x in data), count)
 
 
 def linear_schedule(start, end, step, duration):
