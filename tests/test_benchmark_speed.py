@@ -1,4 +1,4 @@
-"""benchmark/batch_values.py, faults.py, half_pools.py, running_input.py and speed.py."""
+"""benchmark/batch_values.py, faults.py, half_pools.py, precision_error.py, running_input.py and speed.py."""
 
 import copy
 import importlib
@@ -18,6 +18,7 @@ from bench_examples import colours, in_an_empty_folder  # noqa: F401
 import batch_values  # isort: skip
 import faults  # isort: skip
 import half_pools  # isort: skip
+import precision_error  # isort: skip
 import running_input  # isort: skip
 import pqn  # isort: skip
 import speed  # isort: skip
@@ -259,3 +260,37 @@ def test_half_pools_step_every_environment_as_often_in_each_way_and_one_half_whi
     again = "send receive act receive send act"
     assert [what for what, _ in overlap] == f"act send act receive send act {again} {again} receive".split()
     assert log[rollout:] == log[:rollout]
+
+
+def test_the_error_of_bf16_is_told_from_what_differs_anyway(train, monkeypatch, capsys):
+    script = precision_error.script
+    args = replace(script.Args(), env_id="Pong-v5", num_envs=4, num_steps=8, num_eval_envs=2, num_minibatches=4)
+    folder, _ = train(replace(args, total_timesteps=64, precision="fp32"))
+    monkeypatch.setattr(precision_error, "ROLLOUTS", 2)
+    errors = "error", "other action", "Q lost there", "weights", "biases"
+    same = precision_error.measure(folder, ("fp32", "fp32"))
+    assert [same[name] for name in errors] == [0] * 5 and same["gap"] > 0 and same["Q, σ"] > 0
+    rounded = precision_error.measure(folder)
+    assert 0 < rounded["error"] < 0.02 and 0 < rounded["weights"] < 0.5
+
+    forward = script.QNetwork.forward
+
+    def in_bf16(change):
+        changed = lambda self, obs: change(forward(self, obs)) if self.dtype == torch.bfloat16 else forward(self, obs)
+        monkeypatch.setattr(script.QNetwork, "forward", changed)
+        return precision_error.measure(folder)
+
+    shifted = in_bf16(lambda q: q + 1)
+    assert shifted["error"] == pytest.approx(1, abs=0.02) and shifted["other action"] == rounded["other action"]
+    assert shifted["weights"] > 10 * rounded["weights"] and shifted["biases"] > 10 * rounded["biases"]
+    turned = in_bf16(lambda q: -q)
+    assert turned["other action"] == 1 and turned["Q lost there"] > turned["gap"]
+
+    capsys.readouterr()
+    precision_error.main([str(folder), str(folder)])
+    header, line, *runs = capsys.readouterr().out.splitlines()
+    assert len(runs) == 2 and {row.count("|") for row in (header, line, *runs)} == {10}
+    for wrong in ([], ["--help"]):
+        with pytest.raises(SystemExit) as error:
+            precision_error.main(wrong)
+        assert error.value.code == 2
