@@ -280,7 +280,7 @@ def table(args, groups, baseline, normalised):
     return text.rstrip("\n") + "\n"
 
 
-def aggregate_table(normalised):
+def aggregate_table(normalised, groups):
     rows = []
     for label, games in normalised.items():
         scores = list(games.values())
@@ -288,7 +288,10 @@ def aggregate_table(normalised):
         if max(map(len, scores)) > 1:
             ends = [between(*bootstrap(statistic, scores)) for statistic in AGGREGATES.values()]
             cells = [f"{cell} {end}" for cell, end in zip(cells, ends, strict=True)]
-        rows.append([label, f"{len(scores)} games, {sum(map(len, scores))} runs", *cells])
+        of = f"{len(scores)} games, {sum(map(len, scores))} runs"
+        unfinished = sum(run.unfinished for env in games for run in groups[env, label])
+        of += f", **unfinished**: {unfinished}" * bool(unfinished)
+        rows.append([label, of, *cells])
     return markdown(["human-normalised", "of", *AGGREGATES], rows)
 
 
@@ -461,7 +464,7 @@ def main(args: Args):
     normalised = normalise(args, groups)
     parts = [table(args, groups, baseline, normalised), made_by(groups), again]
     if len({env for games in normalised.values() for env in games}) >= 5:  # of fewer games they would say little
-        parts.insert(1, aggregate_table(normalised))
+        parts.insert(1, aggregate_table(normalised, groups))
         draw_profiles(normalised, out)
     write_whole(out / "table.md", "\n".join(filter(None, parts)))
     draw_curves(groups, out)

@@ -269,6 +269,12 @@ def test_human_normalised_scores_are_0_for_random_and_1_for_human_play(capsys):
     assert Path("out/profiles.png").exists()
 
 
+def test_figures_over_all_games_say_how_many_of_their_runs_are_unfinished(capsys):
+    runs = [example(env, level=level) for env, level in GAMES.items()]
+    table("out", write("atari", *runs, example("Pong-v5", seed=2, steps=300)))
+    assert "| 5 games, 6 runs, **unfinished**: 1 |" in capsys.readouterr().out
+
+
 def test_fewer_than_five_games_are_not_summed_up(capsys):
     runs = [example(env, level=level) for env, level in list(GAMES.items())[:4]]
     assert len(table("out", write("atari", *runs))) == 4
